@@ -1,0 +1,76 @@
+"""Frozen configs that refuse unknown keys, and files that are never half written."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from steered_lm.errors import UserError
+
+
+class Config(BaseModel):
+    """Base of every config and artefact: immutable, unknown keys are errors, NaN and infinities are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, data: Any, *, source: str, error: type[UserError] = UserError) -> Self:
+        """Validate ``data`` and turn pydantic's report into one of our errors that names ``source``."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as report:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']} (got {e.get('input')!r:.80})" for e in report.errors())
+            raise error(f"{source} is not a valid {cls.__name__}: {problems}. Allowed keys: {', '.join(cls.model_fields)}.") from report
+
+
+def read_structured(path: Path, *, error: type[UserError] = UserError) -> Any:
+    """Read a YAML or JSON file.
+
+    Raises:
+        UserError: (or ``error``) when the file is missing or cannot be parsed.
+    """
+    if not path.is_file():
+        raise error(f"file {str(path)!r} does not exist. Check the path, or create the file first.")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise error(f"file {str(path)!r} is neither valid YAML nor JSON: {problem}") from problem
+
+
+def canonical_json(value: Any) -> str:
+    """Return JSON with sorted keys and no spaces, the form that is hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def content_hash(value: Any) -> str:
+    """Return the SHA-256 hex digest of a JSON-like value's canonical form."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 hex digest of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: str | bytes) -> Path:
+    """Write a file under a temporary name in the same folder and rename it, so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    payload = data.encode("utf-8") if isinstance(data, str) else data
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(payload)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

@@ -1,0 +1,1 @@
+"""Contrast sets to activations to directions."""

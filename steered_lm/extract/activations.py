@@ -1,0 +1,131 @@
+"""Prompts and responses to pooled activations, recorded by our own hooks at block outputs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from steered_lm.steering.vectors import Pooling, ResidualNorm
+
+
+class Row(NamedTuple):
+    """One text to run: the rendered prompt (with its special tokens) and the response that follows."""
+
+    prompt: str
+    response: str
+
+
+class Activations(NamedTuple):
+    """Pooled activations and token norms.
+
+    Attributes:
+        pooled: float32 ``[rows, d_model]`` by layer.
+        norms: residual norms of every token by layer, as ``(prompt, response)``; response positions are those that predict a response
+            token, as in a spec's ``positions``.
+    """
+
+    pooled: dict[int, Float[Tensor, "rows d_model"]]
+    norms: dict[int, tuple[Float[Tensor, " n"], Float[Tensor, " m"]]]
+
+
+@contextmanager
+def recorded(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Record the output of some blocks at each forward pass, ``[batch, seq, d_model]`` by layer.
+
+    ``output_hidden_states`` is no substitute: it shows unsteered values at hooked blocks, and its last entry is after the final norm.
+    """
+    store: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            store[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        yield store
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def collect(
+    model: Any, tokenizer: Any, blocks: nn.ModuleList, rows: Sequence[Row], layers: Sequence[int], *, pooling: Pooling, batch_size: int, tick: Callable[[int], None]
+) -> Activations:
+    """Run the rows teacher-forced and pool the blocks' outputs over each row's prompt or response.
+
+    Args:
+        tick: called with the number of rows done after each batch.
+    """
+    encoded = [_encode(tokenizer, row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]))
+    pooled: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(rows) for layer in layers}
+    norms: dict[int, tuple[list[Tensor], list[Tensor]]] = {layer: ([], []) for layer in layers}
+    for begin in range(0, len(rows), batch_size):
+        chosen = order[begin : begin + batch_size]
+        ids, mask = _pad([encoded[i][0] for i in chosen], model.device)
+        with recorded(blocks, layers) as store:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        for layer in layers:
+            for row, i in enumerate(chosen):
+                tokens, split = encoded[i]
+                hidden = store[layer][row, : len(tokens)].float()
+                size = hidden.norm(dim=-1).cpu()
+                first = max(split - 1, 0)
+                norms[layer][0].append(size[:first])
+                norms[layer][1].append(size[first:])
+                pooled[layer][i] = _pool(hidden, split, pooling).cpu()
+        tick(len(chosen))
+    return Activations(
+        {layer: torch.stack(found) for layer, found in pooled.items()}, {layer: (torch.cat(prompt), torch.cat(response)) for layer, (prompt, response) in norms.items()}
+    )
+
+
+def residual_norm(prompt: Float[Tensor, " n"], response: Float[Tensor, " m"]) -> ResidualNorm:
+    """Return the median token norms; a part without tokens takes the median of all."""
+    every = float(torch.cat([prompt, response]).median())
+    return ResidualNorm(all=every, prompt=float(prompt.median()) if len(prompt) else every, response=float(response.median()) if len(response) else every)
+
+
+def _encode(tokenizer: Any, row: Row) -> tuple[list[int], int]:
+    prompt = tokenizer(row.prompt, add_special_tokens=not row.prompt).input_ids
+    return prompt + tokenizer(row.response, add_special_tokens=False).input_ids, len(prompt)
+
+
+def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _pool(hidden: Float[Tensor, "seq d_model"], split: int, pooling: Pooling) -> Float[Tensor, " d_model"]:
+    if pooling == "response_mean":
+        return hidden[split:].mean(dim=0)
+    return hidden[:split].mean(dim=0) if pooling == "prompt_mean" else hidden[split - 1]
+
+
+@torch.inference_mode()
+def generate_responses(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int, tick: Callable[[int], None]) -> list[str]:
+    """Return the model's greedy continuations of rendered prompts, in order; batches are padded on the left."""
+    encoded = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    out = [""] * len(prompts)
+    for begin in range(0, len(prompts), batch_size):
+        chosen = order[begin : begin + batch_size]
+        width = max(len(encoded[i]) for i in chosen)
+        ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in chosen], device=model.device)
+        mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen], device=model.device)
+        tokens = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=max_new_tokens, pad_token_id=pad)
+        for i, text in zip(chosen, tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True), strict=True):
+            out[i] = text.strip()
+        tick(len(chosen))
+    return out

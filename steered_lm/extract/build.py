@@ -1,0 +1,206 @@
+"""A model and its contrast sets to a trait-vectors file."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+import steered_lm
+from steered_lm.chat import PromptFormat, render_chat
+from steered_lm.config import Config, content_hash, write_atomic
+from steered_lm.errors import ModelError, VectorsError
+from steered_lm.extract.activations import Row, collect, generate_responses, residual_norm
+from steered_lm.extract.contrast import ContrastPair, ContrastSet
+from steered_lm.extract.directions import describe, direction
+from steered_lm.steering.blocks import find_blocks, hidden_size
+from steered_lm.steering.vectors import DirectionStats, Method, Pooling, ResidualNorm, TraitVectors, VectorsMeta, model_fingerprint
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+Tensors = dict[str, Tensor]
+
+
+class ExtractConfig(Config):
+    """How vectors are built.
+
+    Attributes:
+        method: ``svd``, ``mean_diff`` or ``pca``; see :func:`steered_lm.extract.directions.direction`.
+        pooling: over which tokens a row's activations are averaged.
+        pairs, held_out_pairs: how many contrast pairs are run of each split.
+        max_new_tokens: length of the model's own responses (``response_mean`` only).
+        prompt_format: ``chat`` or ``plain``.
+        allow_chance: keep directions that separate held-out pairs no better than chance.
+    """
+
+    method: Method = "svd"
+    pooling: Pooling = "response_mean"
+    pairs: int = 120
+    held_out_pairs: int = 60
+    max_new_tokens: int = 64
+    batch_size: int = 32
+    prompt_format: PromptFormat = "chat"
+    allow_chance: bool = False
+    seed: int = 0
+
+
+def build_vectors(
+    model: Any,
+    tokenizer: Any,
+    contrast_sets: Sequence[ContrastSet],
+    layers: Sequence[int],
+    config: ExtractConfig | None = None,
+    *,
+    model_id: str | None = None,
+    blocks: str | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> TraitVectors:
+    """Return trait vectors from matched pairs: the model answers the same question under two instructions that differ in the trait only.
+
+    Args:
+        model: a Hugging Face causal model; it is run unsteered.
+        layers: 0-indexed decoder blocks whose output is read.
+        cache: folder that keeps the pooled activations, so that a refused or repeated build does not run the model again.
+        progress: called with (what, done, total).
+
+    Raises:
+        VectorsError: when a direction separates held-out pairs no better than chance (unless ``allow_chance``), or has no pairs.
+        ModelError: when a layer is out of range, or the tokenizer has no chat template.
+    """
+    config = config or ExtractConfig()
+    found = find_blocks(model, blocks)
+    outside = [layer for layer in layers if not 0 <= layer < len(found)]
+    if outside or not layers:
+        raise ModelError(f"layers={list(layers)} is out of range: this model has blocks 0..{len(found) - 1}.")
+    names = [s.trait for s in contrast_sets]
+    if len(set(names)) != len(names) or not names:
+        raise VectorsError(f"traits={names} must name at least one trait, each once.")
+    runner = _Runner(model, tokenizer, found, tuple(layers), config, cache, progress or (lambda *_: None))
+    data = {contrast.trait: runner.activations(contrast) for contrast in contrast_sets}
+    directions: dict[tuple[str, int], Tensor] = {}
+    stats: dict[str, dict[int, DirectionStats]] = {name: {} for name in names}
+    for trait, tensors in data.items():
+        for layer in layers:
+            build, held = (tensors[f"{split}/pos/{layer}"] - tensors[f"{split}/neg/{layer}"] for split in ("build", "held_out"))
+            made = direction(build, config.method)
+            directions[trait, layer] = made.vector
+            stats[trait][layer] = describe(made, config.method, build, held)
+    _refuse_chance(stats, allow=config.allow_chance)
+    meta = VectorsMeta(
+        library_version=steered_lm.__version__,
+        model_id=model_id or str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        model_fingerprint=model_fingerprint(model),
+        d_model=hidden_size(model),
+        n_layers=len(found),
+        layers=tuple(layers),
+        traits=tuple(names),
+        method=config.method,
+        pooling=config.pooling,
+        contrast_sets={s.trait: s.digest for s in contrast_sets},
+        stats=stats,
+        residual_norms={layer: _norms(list(data.values()), layer) for layer in layers},
+        seed=config.seed,
+    )
+    return TraitVectors(directions, meta)
+
+
+def _norms(data: Sequence[Tensors], layer: int) -> ResidualNorm:
+    prompt, response = (torch.cat([tensors[f"norms/{part}/{layer}"] for tensors in data]) for part in ("prompt", "response"))
+    return residual_norm(prompt, response)
+
+
+def _refuse_chance(stats: dict[str, dict[int, DirectionStats]], *, allow: bool) -> None:
+    bad = [(trait, layer, s) for trait, by_layer in stats.items() for layer, s in by_layer.items() if s.at_chance]
+    if not bad:
+        return
+    lines = "; ".join(
+        f"{trait} at layer {layer}: {s.held_out_right_side:.0%} of {s.held_out_pairs} held-out pairs on the right side (lower bound {s.held_out_low:.0%})"
+        for trait, layer, s in bad
+    )
+    if not allow:
+        raise VectorsError(
+            f"these directions separate held-out pairs no better than chance, so they are noise rather than the trait: {lines}. Try other layers, "
+            "method=mean_diff, more pairs, or pass allow_chance (--allow-chance) to keep them all the same."
+        )
+    logger.warning("kept directions at chance level, as asked: %s", lines)
+
+
+class _Runner:
+    """Runs the model over the pairs of one trait after the other, with a cache of pooled activations."""
+
+    def __init__(self, model: Any, tokenizer: Any, blocks: nn.ModuleList, layers: tuple[int, ...], config: ExtractConfig, cache: Path | None, progress: Progress) -> None:
+        self.model, self.tokenizer, self.blocks, self.layers = model, tokenizer, blocks, layers
+        self.config, self.cache, self.progress = config, cache, progress
+
+    def activations(self, contrast: ContrastSet) -> Tensors:
+        """Return pooled activations ``[pairs, d_model]`` as ``<split>/<side>/<layer>`` and token norms as ``norms/<part>/<layer>``."""
+        settings = self.config.model_dump(exclude={"method", "allow_chance", "batch_size"})
+        key = content_hash([model_fingerprint(self.model), contrast.digest, list(self.layers), settings])[:24]
+        file = self.cache / f"{contrast.trait}-{key}.safetensors" if self.cache else None
+        if file is not None and file.is_file():
+            return load_file(file)
+        tensors = self._run(contrast)
+        if file is not None:
+            write_atomic(file, save(tensors))
+        return tensors
+
+    def _run(self, contrast: ContrastSet) -> Tensors:
+        tensors: Tensors = {}
+        for split, limit in (("build", self.config.pairs), ("held_out", self.config.held_out_pairs)):
+            pairs = contrast.pairs(split, limit, self.config.seed)  # type: ignore[arg-type]
+            rows = self._rows(contrast.trait, pairs)
+            if not rows:
+                raise VectorsError(f"trait {contrast.trait!r} has no usable {split} pairs: of {len(pairs)} none gave a response on both sides.")
+            both = [side for pair in rows for side in pair]
+            what = f"{contrast.trait}: activations ({split})"
+            seen = _Counter(self.progress, what, len(both))
+            found = collect(
+                self.model, self.tokenizer, self.blocks, both, self.layers, pooling=self.config.pooling, batch_size=self.config.batch_size, tick=seen
+            )
+            for layer in self.layers:
+                tensors[f"{split}/pos/{layer}"] = found.pooled[layer][0::2].contiguous()
+                tensors[f"{split}/neg/{layer}"] = found.pooled[layer][1::2].contiguous()
+                if split == "build":
+                    tensors[f"norms/prompt/{layer}"], tensors[f"norms/response/{layer}"] = found.norms[layer]
+        return tensors
+
+    def _rows(self, trait: str, pairs: Sequence[ContrastPair]) -> list[tuple[Row, Row]]:
+        """Return the rows of each pair; a pair with an empty response on either side is left out, and said so."""
+        texts = [p for p in pairs if p.question is None]
+        if texts:
+            if self.config.pooling != "response_mean":
+                raise VectorsError(f"pooling={self.config.pooling!r} needs instruction pairs; finished texts have no prompt. Allowed: response_mean.")
+            return [(Row("", p.pos), Row("", p.neg)) for p in texts]
+        prompts = [self._prompt(instruction, p.question or "") for p in pairs for instruction in (p.pos, p.neg)]
+        if self.config.pooling != "response_mean":
+            rows = [Row(prompt, "") for prompt in prompts]
+        else:
+            seen = _Counter(self.progress, f"{trait}: responses", len(prompts))
+            replies = generate_responses(
+                self.model, self.tokenizer, prompts, max_new_tokens=self.config.max_new_tokens, batch_size=self.config.batch_size, tick=seen
+            )
+            rows = [Row(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+        matched = list(zip(rows[0::2], rows[1::2], strict=True))
+        kept = [pair for pair in matched if self.config.pooling != "response_mean" or (pair[0].response and pair[1].response)]
+        if len(kept) < len(matched):
+            logger.warning("trait %s: %d of %d pairs left out, the model gave an empty response", trait, len(matched) - len(kept), len(matched))
+        return kept
+
+    def _prompt(self, instruction: str, question: str) -> str:
+        messages = [{"role": "system", "content": instruction}, {"role": "user", "content": question}]
+        return render_chat(self.tokenizer, messages, prompt_format=self.config.prompt_format)
+
+
+class _Counter:
+    """Adds up finished rows for the progress callback."""
+
+    def __init__(self, progress: Progress, what: str, total: int) -> None:
+        self.progress, self.what, self.total, self.done = progress, what, total, 0
+
+    def __call__(self, rows: int) -> None:
+        self.done += rows
+        self.progress(self.what, self.done, self.total)

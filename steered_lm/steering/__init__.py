@@ -1,0 +1,1 @@
+"""Trait vectors, steering specs, decoder-block lookup and the hooks that apply them."""
