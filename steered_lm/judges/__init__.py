@@ -1,0 +1,90 @@
+"""Judges: ``make_judge`` builds one by name, ``check_missing`` stops a run whose judge cannot be trusted. Light at import."""
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steered_lm.errors import JudgeError, near_misses
+
+if TYPE_CHECKING:
+    from steered_lm.judges.base import Judge, Verdict
+    from steered_lm.persona.schema import Persona
+
+__all__ = ["ENTRY_POINTS", "check_missing", "judge_names", "make_judge"]
+
+ENTRY_POINTS = "steered_lm.judges"
+# used from a checkout, where no entry point is registered
+_BUILT_IN = {"openai": "steered_lm.judges.openai:OpenAIJudge", "stylometric": "steered_lm.judges.stylometric:StylometricJudge"}
+
+
+def make_judge(name: str, persona: "Persona", *, cache: Path | str | None = None, **options: Any) -> "Judge":
+    """Return a judge of how well responses fit a persona.
+
+    A backend is a class with ``for_persona(persona, others, **options)``, registered in the entry-point group ``steered_lm.judges``.
+
+    Args:
+        name: ``stylometric``, or ``openai:<model>`` for any OpenAI-compatible endpoint (the part after the colon becomes ``model=``).
+        persona: the persona to judge against.
+        cache: a SQLite file that keeps scores between runs; None keeps none.
+        options: further options of the backend, such as ``base_url`` and ``key_env`` of ``openai``.
+
+    Raises:
+        JudgeError: when the backend is unknown (with near misses), its options do not fit, or it cannot be built.
+    """
+    backend, _, model = name.partition(":")
+    loaded = _load_backend(name, backend)
+    if model:
+        options = {"model": model, **options}
+    from steered_lm.persona.load import list_personas, load_persona
+
+    others = [load_persona(other) for other in list_personas() if other != persona.name]
+    try:
+        inspect.signature(loaded.for_persona).bind(persona, others, **options)
+    except TypeError as problem:
+        raise JudgeError(
+            f"judge={name!r} does not take options {sorted(options)}: {problem}. Write for example stylometric or openai:<model>."
+        ) from problem
+    judge: Judge = loaded.for_persona(persona, others, **options)
+    if cache is None:
+        return judge
+    from steered_lm.judges.cache import CachedJudge, JudgeCache
+
+    return CachedJudge(judge, JudgeCache(Path(cache)))
+
+
+def judge_names() -> list[str]:
+    """Return the names of the backends that are installed."""
+    return sorted(_registered())
+
+
+def _registered() -> dict[str, str]:
+    return _BUILT_IN | {point.name: point.value for point in metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _load_backend(name: str, backend: str) -> Any:
+    targets = _registered()
+    if backend not in targets:
+        raise JudgeError(f"judge={name!r}: there is no judge {backend!r}. {near_misses(backend, targets)} Write stylometric or openai:<model>.")
+    module, _, attribute = targets[backend].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def check_missing(verdicts: Sequence["Verdict"], limit: float = 0.2) -> None:
+    """Stop when too many verdicts are missing for the others to stand for all.
+
+    Raises:
+        JudgeError: when the missing share exceeds ``limit``; the message counts them and gives the commonest reasons.
+    """
+    if not 0 <= limit <= 1:
+        raise JudgeError(f"missing limit={limit!r} is not a share. Allowed: 0 (none may be missing) to 1.")
+    reasons: Mapping[str, int] = Counter(v.missing for v in verdicts if v.missing is not None)
+    missing = sum(reasons.values())
+    if missing and missing / len(verdicts) > limit:
+        common = "; ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(3))
+        raise JudgeError(
+            f"{missing} of {len(verdicts)} verdicts are missing ({missing / len(verdicts):.0%}; limit {limit:.0%}). Commonest reasons: {common}. "
+            "Mend the judge and start again: finished verdicts are in the cache, and a run goes on from its log."
+        )
