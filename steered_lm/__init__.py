@@ -21,7 +21,7 @@ _EXPORTS = {
     "install": "steered_lm._autoload",
 }
 
-__all__ = ["SteeringSpec", "Steerer", "TraitVectors", "__version__", "build_vectors", "install", "load_persona", "make_judge", "optimize", "steer"]
+__all__ = ["Steerer", "SteeringSpec", "TraitVectors", "__version__", "build_vectors", "install", "load_persona", "make_judge", "optimize", "steer"]
 
 
 def __getattr__(name: str) -> "Any":

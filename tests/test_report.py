@@ -14,6 +14,7 @@ from report_data import TARGET, TRAITS, minimal, null_result, realistic, scored,
 
 from steered_lm.errors import RunError
 from steered_lm.report import Report, ReportData, build_report, load_report, render
+from steered_lm.report.analysis import analyse
 from steered_lm.report.data import Arm, CapabilityTask, JudgeInfo, PersonaInfo, Reply, Sample, SearchTrace, TraitInfo
 from steered_lm.report.figures import figures
 

@@ -152,7 +152,7 @@ class _Runner:
         tensors: Tensors = {}
         for split, limit in (("build", self.config.pairs), ("held_out", self.config.held_out_pairs)):
             pairs = contrast.pairs(split, limit, self.config.seed)  # type: ignore[arg-type]
-            rows = self._rows(contrast.trait, pairs)
+            rows = self._rows(contrast.trait, split, pairs)
             if not rows:
                 raise VectorsError(f"trait {contrast.trait!r} has no usable {split} pairs: of {len(pairs)} none gave a response on both sides.")
             both = [side for pair in rows for side in pair]
@@ -168,7 +168,7 @@ class _Runner:
                     tensors[f"norms/prompt/{layer}"], tensors[f"norms/response/{layer}"] = found.norms[layer]
         return tensors
 
-    def _rows(self, trait: str, pairs: Sequence[ContrastPair]) -> list[tuple[Row, Row]]:
+    def _rows(self, trait: str, split: str, pairs: Sequence[ContrastPair]) -> list[tuple[Row, Row]]:
         """Return the rows of each pair; a pair with an empty response on either side is left out, and said so."""
         texts = [p for p in pairs if p.question is None]
         if texts:
@@ -179,7 +179,7 @@ class _Runner:
         if self.config.pooling != "response_mean":
             rows = [Row(prompt, "") for prompt in prompts]
         else:
-            seen = _Counter(self.progress, f"{trait}: responses", len(prompts))
+            seen = _Counter(self.progress, f"{trait}: responses ({split})", len(prompts))
             replies = generate_responses(
                 self.model, self.tokenizer, prompts, max_new_tokens=self.config.max_new_tokens, batch_size=self.config.batch_size, tick=seen
             )

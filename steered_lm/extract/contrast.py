@@ -1,6 +1,7 @@
 """Contrast sets: instruction pairs that differ in one trait only, times questions, split into build and held out."""
 
 import hashlib
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,9 +85,10 @@ class ContrastSet(Config):
         instructions: Sequence[TextPair] = getattr(self.instructions, split)
         questions: Sequence[str] = getattr(self.questions, split)
         rng = random.Random(f"{seed}/{self.trait}/{split}")
-        grid = [(i, q) for shift in range(len(questions)) for i, q in enumerate((k + shift) % len(questions) for k in range(len(instructions)))]
         order = rng.sample(range(len(questions)), len(questions))
-        return [ContrastPair(question=questions[order[q]], pos=instructions[i].pos, neg=instructions[i].neg) for i, q in grid[:limit]]
+        cycle = math.lcm(len(instructions), len(questions))  # after which the diagonal would repeat itself, so it is shifted by one
+        diagonal = ((k % len(instructions), order[(k + k // cycle) % len(questions)]) for k in range(min(limit, len(instructions) * len(questions))))
+        return [ContrastPair(question=questions[q], pos=instructions[i].pos, neg=instructions[i].neg) for i, q in diagonal]
 
 
 def _held_out(pair: TextPair) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import scipy
 import sklearn
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix, hstack
 from scipy.special import expit
@@ -52,16 +53,22 @@ class StylometricParams(Config):
         ruinous_repetition: share from which on it scores 1; in between its points above 1 shrink linearly.
     """
 
-    min_df: int = 3
-    char_weight: float = 1.0
-    word_weight: float = 1.0
-    style_weight: float = 0.5
-    trait_weight: float = 1.5
-    inverse_penalty: float = 1.0
-    folds: int = 5
-    temperature: float = 2.0
-    tolerated_repetition: float = 0.2
-    ruinous_repetition: float = 0.6
+    min_df: int = Field(default=3, ge=1)
+    char_weight: float = Field(default=1.0, ge=0)
+    word_weight: float = Field(default=1.0, ge=0)
+    style_weight: float = Field(default=0.5, ge=0)
+    trait_weight: float = Field(default=1.5, ge=0)
+    inverse_penalty: float = Field(default=1.0, gt=0)
+    folds: int = Field(default=5, ge=2)
+    temperature: float = Field(default=2.0, gt=0)
+    tolerated_repetition: float = Field(default=0.3, ge=0, le=1)
+    ruinous_repetition: float = Field(default=0.7, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _repetition_in_order(self) -> Self:
+        if self.tolerated_repetition >= self.ruinous_repetition:
+            raise ValueError("tolerated_repetition must be below ruinous_repetition")
+        return self
 
 
 class HeldOutAUC(NamedTuple):

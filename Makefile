@@ -1,0 +1,42 @@
+# Everything runs in .venv, which the first target that needs it creates; later calls find it ready.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench wheel clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## create .venv with the project and all that its tests need
+
+# torch comes first: a bare requirement on it would fetch the newest build with several GB of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt hatch_build.py steered_lm.pth steered_lm.start
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,openai,peft]'
+	@touch $@
+
+demo: $(STAMP) ## tiny model, vectors, search, comparison and report in about three minutes
+	$(BIN)/steered-lm demo
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## lint, then the test suite
+	$(BIN)/python -m pytest
+
+bench: $(STAMP) ## benchmarks: ratios, both sides in one run
+	@for file in tests/bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+wheel: $(STAMP) ## sdist and wheel in dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,253 @@
+"""The command line: ``steered-lm vectors | persona | optimize | eval | demo | report``."""
+
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+import steered_lm
+from steered_lm.content import TINY_CHAT
+from steered_lm.errors import UserError
+from steered_lm.progress import GenerationBar, StepBar
+from steered_lm.study import ModelConfig, SearchConfig, Study, StudyConfig
+
+console = Console()
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__import__("steered_lm").__doc__)
+vectors_app = typer.Typer(no_args_is_help=True, help="Build and inspect trait vectors.")
+persona_app = typer.Typer(no_args_is_help=True, help="List, show and build personas.")
+report_app = typer.Typer(no_args_is_help=True, help="Draw reports again from their JSON.")
+app.add_typer(vectors_app, name="vectors")
+app.add_typer(persona_app, name="persona")
+app.add_typer(report_app, name="report")
+
+ModelName = Annotated[str, typer.Option("--model", help="Hub id, folder, or steered-lm/tiny-chat (the tiny model that ships with the package).")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:0, mps or cpu; by default what is there.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+BatchSize = Annotated[int, typer.Option(help="Rows in one batch.", min=1)]
+
+
+class PromptFormatName(StrEnum):
+    """How prompts are rendered."""
+
+    chat = "chat"
+    plain = "plain"
+
+
+PromptFormatOption = Annotated[PromptFormatName, typer.Option(help="chat: the model's chat template; plain: User:/Assistant: lines, for base models.")]
+
+
+def _model(model: str, device: str | None, dtype: str, batch_size: int, prompt_format: PromptFormatName) -> ModelConfig:
+    return ModelConfig(model=model, device=device, dtype=dtype, batch_size=batch_size, prompt_format=prompt_format.value)
+
+
+@app.callback()
+def _global(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the library's log.")] = False) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.print(steered_lm.__version__)
+
+
+@vectors_app.command("build")
+def vectors_build(
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    model: ModelName = TINY_CHAT,
+    traits: Annotated[str, typer.Option(help="Comma-separated traits of ours or contrast-set files; all: every one of ours.")] = "all",
+    layers: Annotated[str, typer.Option(help="0-indexed blocks such as 4 or 3,4,5; auto: two thirds of the depth; all.")] = "auto",
+    method: Annotated[str, typer.Option(help="svd, mean_diff or pca.")] = "svd",
+    pooling: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last.")] = "response_mean",
+    pairs: Annotated[int, typer.Option(help="Contrast pairs a trait to build on.", min=2)] = 120,
+    held_out_pairs: Annotated[int, typer.Option(help="Held-out contrast pairs a trait to check on.", min=1)] = 60,
+    pairs_file: Annotated[Path | None, typer.Option(help='Use this older pair list instead: {"R1": [{"pos": …, "neg": …}]}.')] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the model's own responses.", min=1)] = 64,
+    allow_chance: Annotated[bool, typer.Option(help="Keep directions that separate held-out pairs no better than chance.")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 32,
+    prompt_format: PromptFormatOption = PromptFormatName.chat,
+    seed: Annotated[int, typer.Option(help="Which pairs are drawn.")] = 0,
+) -> None:
+    """Build trait vectors from contrast sets and write them with the facts of how they came out."""
+    from steered_lm.extract.contrast import available_traits
+    from steered_lm.study import build
+
+    names = available_traits() if traits == "all" and pairs_file is None else [] if traits == "all" else [t.strip() for t in traits.split(",")]
+    settings: dict[str, Any] = {"method": method, "pooling": pooling, "pairs": pairs, "held_out_pairs": held_out_pairs, "seed": seed}
+    settings |= {"max_new_tokens": max_new_tokens, "allow_chance": allow_chance}
+    with StepBar(console) as bar:
+        made = build(
+            _model(model, device, dtype, batch_size, prompt_format), names, layers, out, pairs_file=pairs_file, cache=out.parent / f"{out.stem}.cache", progress=bar, **settings
+        )
+    console.print(_vectors_table(made))
+    console.print(f"wrote {out}. Use it: --model_args pretrained={model},vectors={out},layer={made.meta.layers[0]},alpha=0.4,weights={made.meta.traits[0]}:1")
+
+
+@vectors_app.command("show")
+def vectors_show(path: Annotated[Path, typer.Argument(help="A trait-vectors file.")]) -> None:
+    """Show what a trait-vectors file holds."""
+    from steered_lm.steering.vectors import TraitVectors
+
+    vectors = TraitVectors.load(path)
+    meta = vectors.meta
+    console.print(f"{path}: {meta.method}, {meta.pooling}, model {meta.model_id} ({meta.n_layers} blocks, d_model {meta.d_model}), steered-lm {meta.library_version}")
+    console.print(_vectors_table(vectors))
+
+
+def _vectors_table(vectors: Any) -> Table:
+    table = Table(title="Trait vectors: how well each direction separates pairs it was not built on")
+    for column in ("trait", "layer", "held-out pairs on the right side", "lower bound", "explained variance", "cosine with", "residual norm"):
+        table.add_column(column, justify="left" if column in {"trait", "cosine with"} else "right")
+    for trait, by_layer in vectors.meta.stats.items():
+        for layer, s in by_layer.items():
+            right = f"{s.held_out_right_side:.0%} of {s.held_out_pairs}" + (" (chance)" if s.at_chance else "")
+            cosine = ", ".join(f"{other} {value:.2f}" for other, value in s.cosine.items())
+            norm = vectors.meta.residual_norms[layer].response
+            table.add_row(trait, str(layer), right, f"{s.held_out_low:.0%}", f"{s.explained_variance:.0%}", cosine, f"{norm:.3g}")
+    return table
+
+
+@persona_app.command("list")
+def persona_list() -> None:
+    """List the personas that come with the package."""
+    from steered_lm.persona.load import list_personas, load_persona
+
+    table = Table()
+    for column in ("persona", "self/other", "formality", "distance", "narrative", "tone", "build/tune/validate/test", "description"):
+        table.add_column(column)
+    for name in list_personas():
+        persona = load_persona(name)
+        splits = "/".join(str(len(persona.items(s))) for s in ("build", "tune", "validate", "test"))
+        table.add_row(name, *(f"{v:+.1f}" for v in persona.traits.values()), splits, persona.description)
+    console.print(table)
+
+
+@persona_app.command("show")
+def persona_show(name: Annotated[str, typer.Argument(help="A persona of ours, or a folder.")]) -> None:
+    """Show a persona's profile and one conversation."""
+    from steered_lm.persona.load import load_persona
+
+    persona = load_persona(name)
+    console.print(f"[bold]{persona.name}[/bold]: {persona.description}\n\n{persona.profile}\n")
+    for turn in persona.conversations[0].turns:
+        console.print(f"[dim]{turn.speaker}:[/dim] {turn.text}")
+
+
+@persona_app.command("build")
+def persona_build(folder: Annotated[Path, typer.Argument(help="A folder with persona.yaml and conversations.jsonl.")]) -> None:
+    """Build profile, features, samples and judge prompt from a persona's conversations."""
+    from steered_lm.persona.build import build_persona
+
+    persona = build_persona(str(folder))
+    console.print(f"built {folder}: " + ", ".join(f"{len(persona.items(s))} {s}" for s in ("build", "tune", "validate", "test")) + " items")
+
+
+@app.command()
+def optimize(
+    persona: Annotated[str, typer.Option(help="A persona of ours (steered-lm persona list), or a folder.")],
+    vectors: Annotated[Path, typer.Option(help="Trait vectors of this model (steered-lm vectors build).")],
+    out: Annotated[Path, typer.Option(help="The run's folder; a killed run goes on when started again with the same one.")],
+    model: ModelName = TINY_CHAT,
+    optimizer: Annotated[str, typer.Option(help="cma_es, random_search, or a path to a file of yours with make(space, seed, **options).")] = "cma_es",
+    budget: Annotated[int, typer.Option(help="Candidate evaluations on the tuning split; whole generations only.")] = 96,
+    population: Annotated[int | None, typer.Option(help="Candidates a generation; by default the optimiser's own (cma_es: 4 + 3 ln n).")] = None,
+    sigma0: Annotated[float | None, typer.Option(help="cma_es: first step size as a share of the box; default 0.3.")] = None,
+    alpha: Annotated[float, typer.Option(help="Strength: a share of the residual stream's norm, times weights in [-1, 1].")] = 0.4,
+    layers: Annotated[str, typer.Option(help="Blocks to steer, such as 4 or 3,4; by default all of the vectors file.")] = "",
+    traits: Annotated[str, typer.Option(help="Traits to search over, comma-separated; by default all of the vectors file.")] = "",
+    unit: Annotated[str, typer.Option(help="residual or raw.")] = "residual",
+    positions: Annotated[str, typer.Option(help="response, prompt or all.")] = "response",
+    operation: Annotated[str, typer.Option(help="add, ablate or clamp.")] = "add",
+    judge: Annotated[str, typer.Option(help="stylometric (offline) or openai:<model>.")] = "stylometric",
+    judge_base_url: Annotated[str | None, typer.Option(help="openai: the endpoint, such as http://localhost:8000/v1.")] = None,
+    judge_cache: Annotated[Path | None, typer.Option(help="SQLite file that keeps verdicts between runs.")] = None,
+    missing_limit: Annotated[float, typer.Option(help="Stop when more than this share of verdicts is missing.")] = 0.2,
+    finalists: Annotated[int, typer.Option(help="How many of the best are evaluated again on the validation split.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of responses.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="The optimiser's seed.")] = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 64,
+    prompt_format: PromptFormatOption = PromptFormatName.chat,
+) -> None:
+    """Search the trait weights that make a model's responses fit a persona, with the harness as the fitness function."""
+    settings: dict[str, Any] = {"alpha": alpha, "unit": unit, "positions": positions, "operation": operation, "missing_limit": missing_limit}
+    settings |= {"persona": persona, "vectors": vectors, "judge": judge, "judge_cache": judge_cache, "max_new_tokens": max_new_tokens}
+    settings |= {"traits": [t.strip() for t in traits.split(",") if t.strip()], "layers": [part.strip() for part in layers.split(",") if part.strip()]}
+    settings |= {"judge_options": {} if judge_base_url is None else {"base_url": judge_base_url}, "model": _model(model, device, dtype, batch_size, prompt_format)}
+    study = Study(StudyConfig.parse(settings, source="optimize"))
+    options = {k: v for k, v in {"population": population, "sigma0": sigma0}.items() if v is not None}
+    search = SearchConfig(optimizer=optimizer, options=options, budget=budget, finalists=finalists, seed=seed)
+    with GenerationBar(console, optimizer) as bar:
+        result = study.search(search, out, progress=bar)
+    table = Table(title=f"{persona}: mean persona fit (1-5), chosen candidate {result.chosen}")
+    for column in ("split", "mean", "standard error", "scored", "missing"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    rows = {"tuning (best seen)": result.tune, "validation": result.validate, "test": result.test, "test, unsteered": result.unsteered}
+    for name, e in rows.items():
+        table.add_row(name, _number(e.mean), _number(e.standard_error), str(e.n), str(e.missing))
+    console.print(table)
+    console.print(f"optimism gap (tuning minus test): {_number(result.optimism_test.gap)} ± {_number(result.optimism_test.standard_error)} (standard error)")
+    console.print(f"best spec: {result.spec_path}\nuse it: lm_eval --model steered-hf --model_args pretrained={model},steering={result.spec_path} --tasks persona_judge")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+@app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Run lm_eval's own command line with steered-hf and our tasks registered: the fallback where the start-up hook is not active."""
+    from steered_lm._autoload import install
+    from steered_lm.harness.command import lm_eval_main
+
+    install()
+    lm_eval_main(context.args)
+
+
+@report_app.command("render")
+def report_render(
+    data: Annotated[Path, typer.Argument(help="The report.json of a run.")], out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html")
+) -> None:
+    """Draw a report again from its JSON."""
+    from steered_lm.report import load_report, render
+
+    console.print(f"wrote {render(load_report(data), out).html}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes; a second run reuses what is there.")] = Path("demo"),
+    persona: Annotated[str | None, typer.Option(help="A persona of ours; by default the first.")] = None,
+    model: ModelName = TINY_CHAT,
+    budget: Annotated[int, typer.Option(help="Candidate evaluations an optimiser.")] = 96,
+    alpha: Annotated[float, typer.Option(help="Strength of the searched specs.")] = 0.4,
+    seed: Annotated[int, typer.Option(help="Seed of both optimisers.")] = 0,
+    device: Device = None,
+) -> None:
+    """Watch the whole path: vectors, search, held-out comparison, capability cost and a report."""
+    from steered_lm.demo import DemoConfig, run_demo
+
+    run_demo(DemoConfig(out=out, persona=persona, model=ModelConfig(model=model, device=device), budget=budget, alpha=alpha, seed=seed), console)
+
+
+def main() -> None:
+    """Run the command line; what the user got wrong is printed in one sentence and exits with 2."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""A whole population through lm-eval at once: fitness for a search, and answers to multiple-choice items for the capability cost."""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import evaluate
+
+from steered_lm.config import Config
+from steered_lm.errors import ModelError, RunError
+from steered_lm.harness.chat_task import ChatTask, load_tasks
+from steered_lm.harness.model import SteeredHFLM
+from steered_lm.harness.persona_task import PersonaJudgeTask
+from steered_lm.judges.base import Judge
+from steered_lm.persona.schema import Persona
+from steered_lm.search.protocol import Candidate, CandidateScore, ItemScore
+
+
+class Timing(NamedTuple):
+    """Where the seconds of one generation went."""
+
+    total: float
+    model: float
+    judge: float
+
+    @property
+    def overhead(self) -> float:
+        """Seconds that neither model nor judge took: lm-eval's own and ours."""
+        return self.total - self.model - self.judge
+
+
+class ItemCorrect(Config):
+    """One candidate's answer to one multiple-choice item.
+
+    Attributes:
+        task: the task's name.
+        item: hash of the item's question and choices; the same for every candidate.
+        correct: whether the right choice has the highest log-likelihood.
+        loglikelihoods: of each choice's text as the reply, in nats.
+    """
+
+    task: str
+    item: str
+    correct: bool
+    loglikelihoods: tuple[float, ...]
+
+
+class HarnessObjective:
+    """Scores a population on one split of a persona's prompts: one ``evaluate`` call and one judge batch for all of it.
+
+    Attributes:
+        timings: where the time of each call went, in order.
+    """
+
+    def __init__(self, lm: SteeredHFLM, persona: Persona, judge: Judge, *, max_new_tokens: int = 64, missing_limit: float = 0.2) -> None:
+        """Set up the objective; the task is built once per split.
+
+        Args:
+            lm: the model; its batch size is used, and its own spec is not.
+            persona: what responses are held against.
+            judge: who says how well they fit.
+            max_new_tokens: longest response, in tokens.
+            missing_limit: share of missing verdicts of a population above which the call fails.
+
+        Raises:
+            ModelError: when ``lm`` is no ``steered-hf`` model, runs on several processes, or detects its batch size.
+        """
+        _check(lm)
+        self.lm, self.persona, self.judge = lm, persona, judge
+        self.timings: list[Timing] = []
+        self._metadata = {"persona": persona, "judge": judge, "max_gen_toks": max_new_tokens, "missing_limit": missing_limit}
+        self._tasks: dict[str, PersonaJudgeTask] = {}
+
+    def __call__(self, candidates: Sequence[Candidate], *, split: str) -> list[CandidateScore]:
+        """Return one score a candidate, in order; every candidate is scored on the same items in the same order.
+
+        Raises:
+            JudgeError: when too many verdicts are missing.
+            ModelError: when a candidate's steering drives the model to NaN.
+            RunError: when a candidate has no score at all, so that its fitness would be NaN.
+        """
+        task = self._task(split)
+        started, model = perf_counter(), self.lm.seconds
+        _evaluate(self.lm, [task], candidates)
+        scores = [CandidateScore(items=tuple(items)) for items in _by_candidate(task, len(candidates))]
+        self.timings.append(Timing(perf_counter() - started, self.lm.seconds - model, task.judge_seconds))
+        for candidate, score in zip(candidates, scores, strict=True):
+            if math.isnan(score.mean):
+                reason = score.items[0].verdict.missing
+                raise RunError(
+                    f"candidate {candidate.name!r} has no score: all {score.missing} verdicts are missing ({reason}). Steer less, or check the judge."
+                )
+        return scores
+
+    def _task(self, split: str) -> PersonaJudgeTask:
+        if split not in self._tasks:
+            (task,) = load_tasks(["persona_judge"], {**self._metadata, "split": split})
+            assert isinstance(task, PersonaJudgeTask)
+            self._tasks[split] = task
+        return self._tasks[split]
+
+
+def evaluate_choices(lm: SteeredHFLM, task_names: str | Sequence[str], candidates: Sequence[Candidate]) -> dict[str, list[ItemCorrect]]:
+    """Return every candidate's answers to the items of one or several multiple-choice tasks of ours, from one ``evaluate`` call.
+
+    Items come task by task, in the same order for every candidate, so that candidates can be compared pairwise.
+
+    Raises:
+        ModelError: when ``lm`` is no ``steered-hf`` model, or a candidate's steering drives it to NaN.
+        RunError: when two candidates share a name, or a log-likelihood is not finite.
+    """
+    _check(lm)
+    repeated = [name for name, count in Counter(candidate.name for candidate in candidates).items() if count > 1]
+    if repeated:
+        raise RunError(f"two candidates are named {repeated[0]!r}; answers are returned by name, so give each its own.")
+    tasks = load_tasks([task_names] if isinstance(task_names, str) else list(task_names))
+    _evaluate(lm, tasks, candidates)
+    answers: dict[str, list[ItemCorrect]] = {candidate.name: [] for candidate in candidates}
+    for task in tasks:
+        for instances in _by_document(task):
+            size = len(instances) // len(candidates)
+            for index, candidate in enumerate(candidates):
+                answers[candidate.name].append(_answer(task, candidate, instances[index * size : (index + 1) * size]))
+    return answers
+
+
+def _answer(task: ChatTask, candidate: Candidate, instances: Sequence[Instance]) -> ItemCorrect:
+    values = tuple(float(instance.resps[0][0]) for instance in instances)
+    doc = instances[0].doc
+    if not all(map(math.isfinite, values)):
+        raise RunError(f"candidate {candidate.name!r} gave log-likelihoods {values} on item {doc['id']} of {task.task_name}; they must be finite.")
+    return ItemCorrect(task=task.task_name, item=doc["id"], correct=int(np.argmax(values)) == doc["gold"], loglikelihoods=values)
+
+
+def _by_candidate(task: PersonaJudgeTask, count: int) -> list[list[ItemScore]]:
+    found: list[list[ItemScore]] = [[] for _ in range(count)]
+    for instance, verdict in zip(task.instances, task.verdicts, strict=True):
+        doc = instance.doc
+        found[instance.idx].append(ItemScore(item=doc["id"], prompt=doc["prompt"], response=str(instance.resps[0]).strip(), verdict=verdict))
+    return found
+
+
+def _by_document(task: ChatTask) -> list[list[Instance]]:
+    found: dict[Any, list[Instance]] = {}
+    for instance in task.instances:
+        found.setdefault(instance.doc_id, []).append(instance)
+    return list(found.values())
+
+
+def _check(lm: Any) -> None:
+    if not isinstance(lm, SteeredHFLM):
+        raise ModelError(f"lm is a {type(lm).__name__}; a population needs the model type steered-hf (steered_lm.harness.model.SteeredHFLM).")
+    if lm.world_size > 1:
+        raise ModelError(f"a population is evaluated by one process, this one is one of {lm.world_size}. Start it without accelerate launch.")
+    if lm.batch_size == "auto":
+        raise ModelError("batch_size='auto' cannot be used when requests carry their own steering. Set batch_size to a number, such as 16.")
+
+
+def _evaluate(lm: SteeredHFLM, tasks: Sequence[ChatTask], candidates: Sequence[Candidate]) -> None:
+    if not candidates:
+        raise RunError("candidates is empty; give at least one.")
+    for task in tasks:
+        task.candidates = tuple(candidates)
+    with _quiet(lm):
+        evaluate(lm, {"tasks": {task.task_name: task for task in tasks}}, bootstrap_iters=0, log_samples=False)
+
+
+@contextmanager
+def _quiet(lm: SteeredHFLM) -> Iterator[None]:
+    """Leave out lm-eval's progress bars and notices, of which a search would see several a generation."""
+    theirs = logging.getLogger("lm_eval")
+    level, quiet = theirs.level, lm.quiet
+    theirs.setLevel(logging.WARNING)
+    lm.quiet = True
+    try:
+        yield
+    finally:
+        theirs.setLevel(level)
+        lm.quiet = quiet

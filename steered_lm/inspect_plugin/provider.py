@@ -1,0 +1,256 @@
+"""The model provider ``steered-hf``: any Hugging Face causal model, steered, with a batcher of its own."""
+
+import hashlib
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from inspect_ai.model import (
+    ChatCompletionChoice,
+    ChatMessage,
+    ChatMessageAssistant,
+    ContentText,
+    GenerateConfig,
+    ModelAPI,
+    ModelInfo,
+    ModelOutput,
+    ModelUsage,
+    set_model_info,
+)
+from inspect_ai.tool import ToolChoice, ToolInfo
+
+from steered_lm.chat import render_chat
+from steered_lm.config import content_hash, file_hash
+from steered_lm.errors import ModelError, SpecError, UserError
+from steered_lm.inspect_plugin.batcher import Batcher
+from steered_lm.inspect_plugin.generation import Reply, Row, StopReason, generate_rows, neutral_config
+from steered_lm.inspect_plugin.loading import ProviderOptions, load_model, load_tokenizer
+from steered_lm.inspect_plugin.refusal import plain_refusals
+from steered_lm.steering.hooks import Steerer
+from steered_lm.steering.spec import INLINE_KEYS, SteeringSpec, spec_from_args
+
+logger = logging.getLogger(__name__)
+
+_BASE_URL = "steered-hf:"
+_NOT_SUPPORTED = (
+    "best_of",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
+    "prompt_logprobs",
+    "response_schema",
+    "modalities",
+    "batch",
+)
+
+
+class SteeredHFAPI(ModelAPI):
+    """A steered Hugging Face model; see :class:`ProviderOptions` for the ``-M`` arguments.
+
+    Generation is greedy unless a temperature above 0 is given. Sampled replies depend on the seed, the prompt and the choice's number
+    alone; without a seed one is drawn and noted in the output's metadata. One request may be steered by another spec:
+    ``GenerateConfig(extra_body={"steering": …})`` with a spec file, a mapping of the inline keys, or None for the unsteered model.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008 - Inspect's own signature; never changed
+        **model_args: Any,
+    ) -> None:
+        """Load the model and check the steering against it.
+
+        Raises:
+            RefusalError: for an argument that is unknown or malformed, a model that cannot be loaded, a spec that does not fit it.
+        """
+        super().__init__(model_name, base_url, api_key, [], config)
+        with plain_refusals():
+            if base_url is not None and not base_url.startswith(_BASE_URL):
+                raise ModelError(f"base_url={base_url!r} is not taken: steered-hf runs the model itself. Leave --model-base-url out.")
+            self.options = ProviderOptions.parse(model_args, source="what -M gives to steered-hf", error=ModelError)
+            if self.options.batch_size < 1:
+                raise ModelError(f"batch_size={self.options.batch_size} is not a number of rows. Allowed: 1 or more.")
+            self.spec = self.options.spec()
+            self._spec_hash = file_hash(Path(self.options.steering).expanduser()) if self.options.steering else None
+            self.tokenizer = load_tokenizer(self.options.tokenizer or model_name, self.options)
+            self.model = load_model(model_name, self.options)
+            self.model.generation_config = neutral_config(self.model, self.tokenizer)
+            self.steerer = Steerer(self.model, blocks=self.options.blocks, allow_foreign=self.options.allow_foreign_vectors)
+            self.steerer.compile(self.spec)
+            self.closed = False
+            self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        # without an entry Inspect asks the provider, and so loads the model once more, unsteered, to learn its context length
+        set_model_info(f"steered-hf/{model_name}", ModelInfo(context_length=self.context))
+        # Inspect keys its output cache by base_url but not by the -M arguments: without this a cached reply would outlive its steering
+        digest = self.spec.digest if self.spec else "unsteered"
+        self.base_url = f"{_BASE_URL}{content_hash([digest, self.options.model_dump(mode='json', exclude={'batch_size'})])[:16]}"
+        self._batcher = Batcher[Sequence[Row], list[Reply]](self._run, max_size=self.options.batch_size, size=len)
+
+    async def generate(self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig) -> ModelOutput:
+        """Return the model's reply to a conversation.
+
+        Raises:
+            RefusalError: for tools, images, log-probabilities and other things that this provider does not do, and for a spec of this
+                request's own that does not fit.
+        """
+        with plain_refusals():
+            if self.closed:
+                raise ModelError(f"model {self.model_name!r} was closed. Ask for it again with get_model().")
+            _refuse_unsupported(tools, config)
+            self._refuse_changed_spec()
+            spec = self._request_spec(config)
+            prompt = render_chat(self.tokenizer, [_plain(message) for message in input], prompt_format=self.options.prompt_format)
+            tokens = tuple(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            seed = config.seed if config.seed is not None else secrets.randbits(31)
+            rows = [self._row(tokens, spec, config, _row_seed(seed, prompt, choice)) for choice in range(config.num_choices or 1)]
+            replies = await self._batcher.submit(rows)
+        made = sum(reply.tokens for reply in replies)
+        return ModelOutput(
+            model=self.model_name,
+            choices=[self._choice(reply) for reply in replies],
+            usage=ModelUsage(input_tokens=len(tokens), output_tokens=made, total_tokens=len(tokens) + made),
+            metadata={"steering": spec.digest if spec else None} | ({"seed": seed} if rows[0].temperature > 0 else {}),
+        )
+
+    def _choice(self, reply: Reply) -> ChatCompletionChoice:
+        message = ChatMessageAssistant(content=reply.text, model=self.model_name, source="generate")
+        return ChatCompletionChoice(message=message, stop_reason=reply.reason)
+
+    def _row(self, tokens: tuple[int, ...], spec: SteeringSpec | None, config: GenerateConfig, seed: int) -> Row:
+        temperature, top_p, top_k = config.temperature or 0.0, 1.0 if config.top_p is None else config.top_p, config.top_k or 0
+        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+            raise ModelError(f"temperature={temperature}, top_p={top_p}, top_k={top_k}: allowed are temperature >= 0, 0 < top_p <= 1, top_k >= 0.")
+        if (config.num_choices or 1) > 1 and temperature == 0:
+            raise ModelError(f"num_choices={config.num_choices} with greedy decoding would repeat one reply. Set a temperature above 0.")
+        stop = tuple(s for s in config.stop_seqs or () if s)
+        return Row(tokens, spec, self._budget(len(tokens), config), temperature, top_p, top_k, seed, stop)
+
+    def _budget(self, prompt: int, config: GenerateConfig) -> tuple[int, StopReason]:
+        wanted = config.max_tokens if config.max_tokens is not None else self.max_tokens()
+        if wanted < 1:
+            raise ModelError(f"max_tokens={wanted} leaves nothing to generate. Allowed: 1 or more.")
+        if self.context is None or prompt + wanted <= self.context:
+            return wanted, "max_tokens"
+        if prompt >= self.context:
+            raise ModelError(
+                f"the prompt has {prompt} tokens and {self.model_name!r} takes {self.context} in all. Shorten the prompt, or use another model."
+            )
+        return self.context - prompt, "model_length"
+
+    def _request_spec(self, config: GenerateConfig) -> SteeringSpec | None:
+        extra = config.extra_body or {}
+        if set(extra) - {"steering"}:
+            raise ModelError(f"extra_body has {', '.join(sorted(set(extra) - {'steering'}))}, which steered-hf does not take. Allowed: steering.")
+        if "steering" not in extra:
+            return self.spec
+        if config.cache:
+            raise ModelError(
+                "cache and extra_body={'steering': …} do not go together: Inspect's cache does not see a spec file's content. Leave one out."
+            )
+        return _spec_of(extra["steering"])
+
+    def _refuse_changed_spec(self) -> None:
+        path = Path(self.options.steering).expanduser() if self.options.steering else None
+        if path is not None and path.is_file() and file_hash(path) != self._spec_hash:
+            raise SpecError(
+                f"steering={self.options.steering!r} changed after this model was loaded with it (Inspect keeps models by their arguments). "
+                "Start again, give the new spec a name of its own, or use get_model(…, memoize=False)."
+            )
+
+    def _run(self, requests: Sequence[Sequence[Row]]) -> list[list[Reply] | Exception]:
+        outcomes: list[list[Reply] | Exception] = [self._spec_problem(rows) or [] for rows in requests]
+        rows = [row for rows, outcome in zip(requests, outcomes, strict=True) if outcome == [] for row in rows]
+        replies = iter(self._generate(rows) if rows else [])
+        return [
+            outcome if isinstance(outcome, Exception) else [next(replies) for _ in rows] for rows, outcome in zip(requests, outcomes, strict=True)
+        ]
+
+    def _spec_problem(self, rows: Sequence[Row]) -> UserError | None:
+        # compiling attaches hooks, so it happens here, where no forward pass is under way
+        try:
+            self.steerer.compile(rows[0].spec)
+        except UserError as error:
+            return error
+        return None
+
+    def _generate(self, rows: Sequence[Row]) -> list[Reply]:
+        logger.debug("generating %d rows", len(rows))
+        try:
+            return generate_rows(self.steerer, self.tokenizer, rows)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"out of memory with {len(rows)} rows of up to {max(len(r.tokens) for r in rows)} tokens. Lower -M batch_size."
+            ) from error
+
+    def close(self) -> None:
+        """Detach the hooks and let go of the model."""
+        if not self.closed:
+            self.steerer.close()
+            self.closed = True
+            del self.model, self.steerer
+
+    def max_tokens(self) -> int:
+        """Return how many tokens are generated at most when a task does not say."""
+        return 512
+
+    def max_connections(self) -> int:
+        """Return the batch size: more requests at once would wait."""
+        return self.options.batch_size
+
+    def connection_key(self) -> str:
+        """Return a key of the loaded model's own: no two share connections."""
+        return f"{self.model_name} {self.base_url}"
+
+    def collapse_user_messages(self) -> bool:
+        """Join consecutive user messages: many chat templates insist on turns that alternate."""
+        return True
+
+    async def count_text_tokens(self, text: str) -> int:
+        """Return the number of tokens by the model's own tokenizer."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _refuse_unsupported(tools: Sequence[ToolInfo], config: GenerateConfig) -> None:
+    if tools:
+        raise ModelError(f"steered-hf does not call tools ({', '.join(tool.name for tool in tools)} given). Use a task or a solver without tools.")
+    given = [name for name in _NOT_SUPPORTED if getattr(config, name)]
+    if given:
+        raise ModelError(f"steered-hf does not support {', '.join(given)}. Leave it out; for log-probabilities use lm_eval --model steered-hf.")
+
+
+def _plain(message: ChatMessage) -> dict[str, str]:
+    if message.role == "tool":
+        raise ModelError("the conversation holds a tool's message, and steered-hf does not call tools. Use a task or a solver without tools.")
+    parts = [message.content] if isinstance(message.content, str) else message.content
+    other = [part.type for part in parts if not isinstance(part, (str, ContentText))]
+    if other:
+        raise ModelError(f"the {message.role} message holds {', '.join(other)}; steered-hf takes text alone.")
+    return {
+        "role": message.role,
+        "content": "\n".join(part if isinstance(part, str) else part.text for part in parts if isinstance(part, (str, ContentText))),
+    }
+
+
+def _spec_of(value: Any) -> SteeringSpec | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return SteeringSpec.load(value)
+    if isinstance(value, Mapping) and set(value) <= set(INLINE_KEYS):
+        return spec_from_args(None, value)
+    raise SpecError(
+        f"extra_body={{'steering': {value!r:.80}}} is no steering. Allowed: a spec file's path, a mapping with keys out of {', '.join(INLINE_KEYS)}, "
+        "or None for the unsteered model."
+    )
+
+
+def _row_seed(seed: int, prompt: str, choice: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{choice}/{prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,38 @@
+"""Fixtures that many test files share: the built distributions and clean environments that they are installed into."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from environments import REPOSITORY, install_into, make_environment, run
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, REPOSITORY], cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(distributions: Path) -> Path:
+    """The wheel, built from the sdist."""
+    (path,) = distributions.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def installed_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a clean environment with the wheel installed; ``lm_eval``, ``inspect``, ``accelerate`` lie beside it."""
+    python = make_environment(tmp_path_factory.mktemp("installed"))
+    install_into(python, wheel)
+    return python
+
+
+@pytest.fixture(scope="session")
+def editable_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a clean environment with this checkout installed by ``pip install -e``."""
+    python = make_environment(tmp_path_factory.mktemp("editable"))
+    install_into(python, "-e", REPOSITORY)
+    return python

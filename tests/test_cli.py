@@ -1,0 +1,95 @@
+"""The command line on the shipped tiny model, in this process."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from steered_lm import cli
+from steered_lm.errors import UserError
+from steered_lm.steering.vectors import TraitVectors
+from steered_lm.study import parse_layers
+
+TRAITS = "formality,emotional_tone"
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vectors") / "v.safetensors"
+    done = invoke("vectors", "build", "--out", path, "--traits", TRAITS, "--pairs", 24, "--held-out-pairs", 16)
+    assert done.exit_code == 0, done.output
+    return path
+
+
+def optimize(vectors, out, *more):
+    return invoke("optimize", "--persona", "walt", "--vectors", vectors, "--out", out, "--optimizer", "random_search", "--budget", 8, "--max-new-tokens", 48, *more)
+
+
+def test_vectors_build_writes_a_file_that_show_describes(vectors):
+    meta = TraitVectors.load(vectors).meta
+    assert meta.traits == ("formality", "emotional_tone")
+    assert meta.model_id == "steered-lm/tiny-chat"
+    shown = invoke("vectors", "show", vectors)
+    assert "svd, response_mean" in shown.output
+
+
+def test_personas_are_listed_and_shown():
+    assert "walt" in invoke("persona", "list").output
+    assert "ticket" in invoke("persona", "show", "walt").output
+
+
+def test_optimize_writes_a_spec_a_result_and_a_log_and_goes_on_in_the_same_folder(vectors, tmp_path):
+    first = optimize(vectors, tmp_path / "run")
+    assert first.exit_code == 0, first.output
+    assert "optimism gap" in first.output
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert set(result["chosen"]["weights"]) == set(TRAITS.split(","))
+    lines = (tmp_path / "run" / "run.jsonl").read_text()
+    again = optimize(vectors, tmp_path / "run")
+    assert again.exit_code == 0
+    assert (tmp_path / "run" / "run.jsonl").read_text() == lines
+    with pytest.raises(UserError, match="another run"):
+        raise optimize(vectors, tmp_path / "run", "--seed", 1).exception
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--budget", 0], "budget=0 allows no evaluation"),
+        (["--traits", "warmth"], "traits='warmth' is not in vectors="),
+        (["--layers", 9], "layer=9 is not in vectors="),
+        (["--judge", "openai:some-model"], "OPENAI_API_KEY"),
+        (["--judge", "oracle"], "there is no judge 'oracle'"),
+        (["--optimizer", "gradient"], "optimizer='gradient' is neither one of ours"),
+        (["--unit", "metres"], "unit: .*'raw' or 'residual'"),
+    ],
+)
+def test_bad_arguments_of_optimize_are_refused_in_one_sentence(vectors, tmp_path, monkeypatch, more, message):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match=message):
+        raise optimize(vectors, tmp_path / "run", *more).exception
+
+
+def test_unknown_personas_get_near_misses(vectors, tmp_path):
+    with pytest.raises(UserError, match=r"persona='wallt'.*Did you mean 'walt'"):
+        raise invoke("optimize", "--persona", "wallt", "--vectors", vectors, "--out", tmp_path / "r").exception
+
+
+def test_main_prints_a_user_error_without_traceback_and_exits_with_2(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["steered-lm", "vectors", "show", "[no] such.file"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert "error: vectors='[no] such.file' does not exist" in shown
+    assert "Traceback" not in shown
+
+
+def test_layers_are_parsed_or_refused():
+    assert [parse_layers(text, 7) for text in ("auto", "2", "1,3", "all")] == [(4,), (2,), (1, 3), tuple(range(7))]
+    with pytest.raises(UserError, match="layers='middle' is not understood. Allowed: auto, all"):
+        parse_layers("middle", 7)

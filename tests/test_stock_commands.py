@@ -1,0 +1,114 @@
+"""The stock commands, in subprocesses, from an installed wheel, in a folder that is not the checkout."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import yaml
+
+from steered_lm.content import TINY_CHAT, resolve_model
+
+TINY = resolve_model(TINY_CHAT)
+
+
+@pytest.fixture(scope="module")
+def bench(installed_python, tmp_path_factory):
+    """A folder with vectors and a spec file made by the installed ``steered-lm``, and a function that runs an installed command there."""
+    folder = tmp_path_factory.mktemp("user")
+    scripts = installed_python.parent
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "STEERED_LM"))}
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(name, *arguments, check=True):
+        done = subprocess.run([str(scripts / name), *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    run("steered-lm", "vectors", "build", "--out", "v.safetensors", "--traits", "formality,emotional_tone", "--pairs", "40", "--held-out-pairs", "24")
+    spec = {"vectors": "v.safetensors", "weights": {"formality": 1.0, "emotional_tone": -1.0}, "layers": [3], "alpha": 0.4}
+    (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
+    return folder, run
+
+
+def results(folder):
+    (file,) = folder.rglob("results_*.json")
+    (samples,) = folder.rglob("samples_persona_judge_*.jsonl")
+    return json.loads(file.read_text()), [json.loads(line) for line in samples.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("command", "out"),
+    [
+        (["lm_eval"], "stock"),
+        (["python", "-m", "lm_eval"], "module"),
+        (["accelerate", "launch", "--cpu", "--num_processes", "1", "-m", "lm_eval"], "accelerate"),
+        (["steered-lm", "eval"], "fallback"),
+    ],
+)
+def test_lm_eval_runs_persona_judge_with_a_spec_and_writes_verdicts_into_the_samples(bench, command, out):
+    folder, run = bench
+    arguments = ["--model", "steered-hf", "--model_args", f"pretrained={TINY},steering=spec.yaml", "--tasks", "persona_judge", "--batch_size", "16"]
+    run(*command, *arguments, "--output_path", out, "--log_samples")
+    found, samples = results(folder / out)
+    scores = found["results"]["persona_judge"]
+    assert 1.0 <= scores["persona_fit,none"] <= 5.0
+    assert scores["persona_fit_stderr,none"] > 0
+    assert scores["missing,none"] == 0
+    verdict = json.loads(samples[0]["filtered_resps"][0])
+    assert 1.0 <= verdict["score"] <= 5.0
+
+
+def test_lm_eval_takes_the_inline_form_the_shipped_model_s_name_and_another_persona(bench):
+    folder, run = bench
+    steering = "vectors=v.safetensors,layer=3,alpha=0.4,weights=formality:1;emotional_tone:-0.5"
+    metadata = json.dumps({"persona": "walt", "split": "validate"})
+    run(
+        "lm_eval", "--model", "steered-hf", "--model_args", f"pretrained={TINY_CHAT},{steering}", "--tasks", "persona_judge", "--metadata", metadata,
+        "--batch_size", "16", "--output_path", "inline", "--log_samples",
+    )  # fmt: skip
+    from steered_lm.persona.load import load_persona
+
+    _, samples = results(folder / "inline")
+    assert len(samples) == len(load_persona("walt").items("validate"))
+
+
+def test_lm_eval_lists_our_tasks(bench):
+    _, run = bench
+    listed = run("lm_eval", "ls", "tasks").stdout
+    assert all(name in listed for name in ("persona_judge", "tiny_knowledge", "tiny_truth"))
+
+
+def test_a_wrong_spec_ends_lm_eval_with_our_sentence(bench):
+    _, run = bench
+    done = run("lm_eval", "--model", "steered-hf", "--model_args", f"pretrained={TINY},steering=nowhere.yaml", "--tasks", "persona_judge", check=False)
+    assert done.returncode != 0
+    assert "file 'nowhere.yaml' does not exist" in done.stderr + done.stdout
+
+
+def test_inspect_runs_persona_judge_with_a_spec(bench):
+    folder, run = bench
+    run(
+        "inspect", "eval", "steered_lm/persona_judge", "--model", f"steered-hf/{TINY_CHAT}", "-M", "steering=spec.yaml", "-T", "persona=walt",
+        "--log-dir", "logs", "--log-format", "json", "--display", "plain",
+    )  # fmt: skip
+    (log,) = (folder / "logs").glob("*.json")
+    found = json.loads(log.read_text())
+    assert found["status"] == "success"
+    metrics = {score["name"]: score["metrics"] for score in found["results"]["scores"]}
+    assert 1.0 <= metrics["persona_fit"]["mean"]["value"] <= 5.0
+    assert metrics["persona_fit"]["stderr"]["value"] > 0
+
+
+def test_both_harnesses_give_the_same_score(bench):
+    folder, run = bench
+    run(
+        "inspect", "eval", "steered_lm/persona_judge", "--model", f"steered-hf/{TINY_CHAT}", "-M", "steering=spec.yaml", "--log-dir", "same",
+        "--log-format", "json", "--display", "plain",
+    )  # fmt: skip
+    (log,) = (folder / "same").glob("*.json")
+    metrics = {score["name"]: score["metrics"] for score in json.loads(log.read_text())["results"]["scores"]}
+    arguments = ["--model", "steered-hf", "--model_args", f"pretrained={TINY_CHAT},steering=spec.yaml", "--tasks", "persona_judge", "--batch_size", "16"]
+    run("lm_eval", *arguments, "--output_path", "same_lm_eval", "--log_samples")
+    scores, _ = results(folder / "same_lm_eval")
+    assert metrics["persona_fit"]["mean"]["value"] == pytest.approx(scores["results"]["persona_judge"]["persona_fit,none"], abs=1e-4)
