@@ -100,14 +100,12 @@ def added_norms(study: Study, spec: SteeringSpec) -> dict[int, float]:
 
 def capability(study: Study, spec: SteeringSpec, arm: str) -> list[CapabilityTask]:
     """Answer our two small multiple-choice sets unsteered and under a spec, item by item."""
-    from steered_lm.harness.choices import evaluate_choices
+    from steered_lm.harness.population import evaluate_choices
 
     pair: Sequence[Candidate] = [Candidate(name="unsteered"), Candidate(name="steered", spec=spec)]
     found = []
     for task, description in COST_TASKS.items():
         answers = evaluate_choices(study.lm, task, pair)
         sides = {name: tuple(float(item.correct) for item in items) for name, items in answers.items()}
-        found.append(
-            CapabilityTask(name=task, arm=arm, unsteered=sides["unsteered"], steered=sides["steered"], chance=0.25, description=description)
-        )
+        found.append(CapabilityTask(name=task, arm=arm, unsteered=sides["unsteered"], steered=sides["steered"], chance=0.25, description=description))
     return found

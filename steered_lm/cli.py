@@ -40,7 +40,9 @@ class PromptFormatName(StrEnum):
     plain = "plain"
 
 
-PromptFormatOption = Annotated[PromptFormatName, typer.Option(help="chat: the model's chat template; plain: User:/Assistant: lines, for base models.")]
+PromptFormatOption = Annotated[
+    PromptFormatName, typer.Option(help="chat: the model's chat template; plain: User:/Assistant: lines, for base models.")
+]
 
 
 def _model(model: str, device: str | None, dtype: str, batch_size: int, prompt_format: PromptFormatName) -> ModelConfig:
@@ -49,7 +51,11 @@ def _model(model: str, device: str | None, dtype: str, batch_size: int, prompt_f
 
 @app.callback()
 def _global(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the library's log.")] = False) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+    )
 
 
 @app.command()
@@ -86,10 +92,19 @@ def vectors_build(
     settings |= {"max_new_tokens": max_new_tokens, "allow_chance": allow_chance}
     with StepBar(console) as bar:
         made = build(
-            _model(model, device, dtype, batch_size, prompt_format), names, layers, out, pairs_file=pairs_file, cache=out.parent / f"{out.stem}.cache", progress=bar, **settings
+            _model(model, device, dtype, batch_size, prompt_format),
+            names,
+            layers,
+            out,
+            pairs_file=pairs_file,
+            cache=out.parent / f"{out.stem}.cache",
+            progress=bar,
+            **settings,
         )
     console.print(_vectors_table(made))
-    console.print(f"wrote {out}. Use it: --model_args pretrained={model},vectors={out},layer={made.meta.layers[0]},alpha=0.4,weights={made.meta.traits[0]}:1")
+    console.print(
+        f"wrote {out}. Use it: --model_args pretrained={model},vectors={out},layer={made.meta.layers[0]},alpha=0.4,weights={made.meta.traits[0]}:1"
+    )
 
 
 @vectors_app.command("show")
@@ -99,7 +114,10 @@ def vectors_show(path: Annotated[Path, typer.Argument(help="A trait-vectors file
 
     vectors = TraitVectors.load(path)
     meta = vectors.meta
-    console.print(f"{path}: {meta.method}, {meta.pooling}, model {meta.model_id} ({meta.n_layers} blocks, d_model {meta.d_model}), steered-lm {meta.library_version}")
+    console.print(
+        f"{path}: {meta.method}, {meta.pooling}, model {meta.model_id} ({meta.n_layers} blocks, d_model {meta.d_model}), "
+        f"steered-lm {meta.library_version}"
+    )
     console.print(_vectors_table(vectors))
 
 
@@ -182,8 +200,14 @@ def optimize(
     """Search the trait weights that make a model's responses fit a persona, with the harness as the fitness function."""
     settings: dict[str, Any] = {"alpha": alpha, "unit": unit, "positions": positions, "operation": operation, "missing_limit": missing_limit}
     settings |= {"persona": persona, "vectors": vectors, "judge": judge, "judge_cache": judge_cache, "max_new_tokens": max_new_tokens}
-    settings |= {"traits": [t.strip() for t in traits.split(",") if t.strip()], "layers": [part.strip() for part in layers.split(",") if part.strip()]}
-    settings |= {"judge_options": {} if judge_base_url is None else {"base_url": judge_base_url}, "model": _model(model, device, dtype, batch_size, prompt_format)}
+    settings |= {
+        "traits": [t.strip() for t in traits.split(",") if t.strip()],
+        "layers": [part.strip() for part in layers.split(",") if part.strip()],
+    }
+    settings |= {
+        "judge_options": {} if judge_base_url is None else {"base_url": judge_base_url},
+        "model": _model(model, device, dtype, batch_size, prompt_format),
+    }
     study = Study(StudyConfig.parse(settings, source="optimize"))
     options = {k: v for k, v in {"population": population, "sigma0": sigma0}.items() if v is not None}
     search = SearchConfig(optimizer=optimizer, options=options, budget=budget, finalists=finalists, seed=seed)
@@ -196,8 +220,13 @@ def optimize(
     for name, e in rows.items():
         table.add_row(name, _number(e.mean), _number(e.standard_error), str(e.n), str(e.missing))
     console.print(table)
-    console.print(f"optimism gap (tuning minus test): {_number(result.optimism_test.gap)} ± {_number(result.optimism_test.standard_error)} (standard error)")
-    console.print(f"best spec: {result.spec_path}\nuse it: lm_eval --model steered-hf --model_args pretrained={model},steering={result.spec_path} --tasks persona_judge")
+    console.print(
+        f"optimism gap (tuning minus test): {_number(result.optimism_test.gap)} ± {_number(result.optimism_test.standard_error)} (standard error)"
+    )
+    console.print(
+        f"best spec: {result.spec_path}\n"
+        f"use it: lm_eval --model steered-hf --model_args pretrained={model},steering={result.spec_path} --tasks persona_judge"
+    )
 
 
 def _number(value: float | None) -> str:
@@ -216,7 +245,8 @@ def evaluate(context: typer.Context) -> None:
 
 @report_app.command("render")
 def report_render(
-    data: Annotated[Path, typer.Argument(help="The report.json of a run.")], out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html")
+    data: Annotated[Path, typer.Argument(help="The report.json of a run.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Draw a report again from its JSON."""
     from steered_lm.report import load_report, render

@@ -130,7 +130,7 @@ def _summary(report: Report, console: Console) -> None:
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, summary in zip(report.data.arms, report.analysis.arms, strict=True):
         against = report.analysis.against(arm.name, report.data.unsteered.name)
-        cells = [_number(summary.score.mean), _interval(summary.score.low, summary.score.high)]
+        cells = [_number(summary.score.value), _interval(summary.score.low, summary.score.high)]
         cells += ["", "", ""] if against is None else [
             _number(against.difference.mean, signed=True),
             _interval(against.difference.low, against.difference.high),

@@ -55,7 +55,7 @@ class StudyConfig(Config):
     positions: Positions = "response"
     operation: Operation = "add"
     judge: str = "stylometric"
-    judge_options: dict[str, Any] = {}
+    judge_options: dict[str, Any] = Field(default_factory=dict)
     judge_cache: Path | None = None
     max_new_tokens: int = Field(default=64, ge=1)
     missing_limit: float = Field(default=0.2, ge=0, le=1)
@@ -65,7 +65,7 @@ class SearchConfig(Config):
     """Which optimiser runs, with what budget and seed."""
 
     optimizer: str = "cma_es"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     budget: int = 96
     finalists: int = 3
     seed: int = 0
@@ -112,7 +112,7 @@ class Study:
         if unknown:
             raise VectorsError(f"traits={unknown[0]!r} is not in vectors={str(config.vectors)!r}. {near_misses(unknown[0], meta.traits)}")
         settings = {"unit": config.unit, "positions": config.positions, "operation": config.operation}
-        spec = SteeringSpec(vectors=VectorsRef.to(config.vectors), layers=config.layers or meta.layers, alpha=config.alpha, **settings)  # type: ignore[arg-type]
+        spec = SteeringSpec(vectors=VectorsRef.to(config.vectors), layers=config.layers or meta.layers, alpha=config.alpha, **settings)
         self.lm.steerer.compile(spec.with_weights(dict.fromkeys(self.traits, 1.0)))
         return spec
 
@@ -126,16 +126,13 @@ class Study:
         """The harness as fitness function."""
         from steered_lm.harness.population import HarnessObjective
 
-        return HarnessObjective(
-            self.lm, self.persona, self.judge, max_new_tokens=self.config.max_new_tokens, missing_limit=self.config.missing_limit
-        )
+        return HarnessObjective(self.lm, self.persona, self.judge, max_new_tokens=self.config.max_new_tokens)
 
     def sampled(self, seed: int) -> "HarnessObjective":
         """Return the objective with sampled instead of greedy responses: temperature 1, seeded."""
         from steered_lm.harness.population import HarnessObjective
 
-        limits = {"max_new_tokens": self.config.max_new_tokens, "missing_limit": self.config.missing_limit}
-        return HarnessObjective(self.lm, self.persona, self.judge, **limits, sampling_seed=seed)  # type: ignore[arg-type]
+        return HarnessObjective(self.lm, self.persona, self.judge, max_new_tokens=self.config.max_new_tokens, temperature=1.0, seed=seed)
 
     def search(self, search: SearchConfig, out: Path, progress: Callable[["Generation"], None] | None = None) -> "OptimizeResult":
         """Run one search in its own folder, or go on with it."""
@@ -183,8 +180,8 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
 
     name = resolve_model(config.model)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=config.dtype).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(name)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=config.dtype)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
 
 
 def default_layers(count: int) -> tuple[int, ...]:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import transformers as hf
@@ -124,11 +126,11 @@ def test_broken_weights_are_an_error_of_the_choices_too(folder):
         evaluate_choices(lm, "tiny_truth", UNSTEERED)
 
 
-def test_a_candidate_without_any_score_is_an_error_that_names_it(lm, persona):
-    with pytest.raises(RunError, match=r"candidate 'unsteered' has no score.*nothing to judge"):
-        HarnessObjective(lm, persona, LengthJudge(missing_on=""), missing_limit=1.0)(UNSTEERED, split="tune")
-    with pytest.raises(JudgeError, match="missing"):
-        HarnessObjective(lm, persona, LengthJudge(missing_on=""))(UNSTEERED, split="tune")
+def test_a_candidate_without_any_score_has_an_unknown_fitness_and_reasons(lm, persona):
+    (score,) = HarnessObjective(lm, persona, LengthJudge(missing_on=""))(UNSTEERED, split="tune")
+    assert math.isnan(score.mean)
+    assert score.missing == len(score.items)
+    assert all("nothing to judge" in str(item.verdict.missing) for item in score.items)
 
 
 def test_a_population_needs_our_model_type_a_fixed_batch_size_and_candidates(folder, lm, persona):

@@ -26,7 +26,22 @@ def vectors(tmp_path_factory):
 
 
 def optimize(vectors, out, *more):
-    return invoke("optimize", "--persona", "walt", "--vectors", vectors, "--out", out, "--optimizer", "random_search", "--budget", 8, "--max-new-tokens", 48, *more)
+    return invoke(
+        "optimize",
+        "--persona",
+        "walt",
+        "--vectors",
+        vectors,
+        "--out",
+        out,
+        "--optimizer",
+        "random_search",
+        "--budget",
+        8,
+        "--max-new-tokens",
+        48,
+        *more,
+    )
 
 
 def test_vectors_build_writes_a_file_that_show_describes(vectors):

@@ -31,7 +31,9 @@ class CharTokenizer:
 
 
 def texts(trait="formality", n=24):
-    return ContrastSet.model_validate({"trait": trait, "texts": [{"pos": f"{'ABC'[i % 3]}aaaa{i}", "neg": f"{'ABC'[i % 3]}zzzz{i}"} for i in range(n)]})
+    return ContrastSet.model_validate(
+        {"trait": trait, "texts": [{"pos": f"{'ABC'[i % 3]}aaaa{i}", "neg": f"{'ABC'[i % 3]}zzzz{i}"} for i in range(n)]}
+    )
 
 
 def matched(n, d=16, shift=2.0, noise=1.0, seed=0):
@@ -120,7 +122,9 @@ def test_unmatched_noise_is_reported_as_chance_and_a_trait_is_not():
     assert bad.explained_variance == pytest.approx(float(direction(noise[:60], "svd").singular_values[0] ** 2 / (noise[:60] ** 2).sum()), abs=1e-4)
 
 
-@pytest.mark.parametrize(("data", "message"), [(torch.zeros(1, 4), "at least 2"), (torch.zeros(5, 4), "same activations"), (torch.full((5, 4), float("nan")), "NaN")])
+@pytest.mark.parametrize(
+    ("data", "message"), [(torch.zeros(1, 4), "at least 2"), (torch.zeros(5, 4), "same activations"), (torch.full((5, 4), float("nan")), "NaN")]
+)
 def test_degenerate_differences_are_refused(data, message):
     with pytest.raises(VectorsError, match=message):
         direction(data, "svd")
@@ -139,7 +143,11 @@ def test_pooled_activations_equal_unbatched_ones(family):
             ids = prompt + tokenizer(row.response, add_special_tokens=False).input_ids
             with recorded(blocks, [1, 2]) as store, torch.no_grad():
                 model(torch.tensor([ids]))
-            part = {"response_mean": slice(len(prompt), None), "prompt_mean": slice(0, len(prompt)), "prompt_last": slice(len(prompt) - 1, len(prompt))}[pooling]
+            part = {
+                "response_mean": slice(len(prompt), None),
+                "prompt_mean": slice(0, len(prompt)),
+                "prompt_last": slice(len(prompt) - 1, len(prompt)),
+            }[pooling]
             for layer in (1, 2):
                 torch.testing.assert_close(got.pooled[layer][i], store[layer][0, part].mean(0), atol=1e-4, rtol=1e-4)
         assert len(torch.cat(got.norms[1])) == sum(len(r.prompt) + len(r.response) + (not r.prompt) for r in chosen)
@@ -170,10 +178,12 @@ def test_instruction_pairs_run_through_generation_and_are_reproducible(tmp_path)
 def test_a_direction_at_chance_is_refused_and_the_cache_keeps_what_was_computed(tmp_path):
     noise = ContrastSet.model_validate({"trait": "noise", "texts": [{"pos": f"a{i * 7919 % 97}", "neg": f"b{i * 104729 % 89}"} for i in range(30)]})
     model = random_model(seed=3)
-    with pytest.raises(VectorsError, match=r"noise at layer 1: .* held-out pairs on the right side .*allow_chance"):
+    with pytest.raises(VectorsError, match=r"noise at layer 1: .* held-out pairs right .*allow_chance"):
         build_vectors(model, CharTokenizer(), [noise], [1], ExtractConfig(method="pca"), cache=tmp_path)
     calls = []
-    kept = build_vectors(model, CharTokenizer(), [noise], [1], ExtractConfig(method="pca", allow_chance=True), cache=tmp_path, progress=lambda *a: calls.append(a))
+    kept = build_vectors(
+        model, CharTokenizer(), [noise], [1], ExtractConfig(method="pca", allow_chance=True), cache=tmp_path, progress=lambda *a: calls.append(a)
+    )
     assert calls == []
     assert kept.meta.stats["noise"][1].at_chance
 

@@ -105,7 +105,7 @@ def test_a_mixed_batch_gives_what_separate_runs_give(family, tmp_path):
 def test_zero_weights_are_the_unsteered_model_to_the_bit(tmp_path):
     model = random_model()
     spec = spec_for(model, tmp_path)
-    rows = [p + [3, 4] for p in PROMPTS]
+    rows = [[*p, 3, 4] for p in PROMPTS]
     contexts = [len(p) for p in PROMPTS]
     plain = scored(model, rows, contexts, [None] * 3)
     zero = scored(model, rows, contexts, [spec.with_weights({"formality": 0.0})] * 3)
@@ -159,7 +159,11 @@ def test_tokens_are_counted_and_padding_is_not_steered(tmp_path):
 
 def test_a_hook_that_does_not_fire_is_an_error(tmp_path):
     model = random_model()
-    with Steerer(model) as steerer, pytest.raises(RuntimeError, match="hook of block 1 did not fire"), steerer.batch([spec_for(model, tmp_path)], Layout.scored([1], [2])):
+    with (
+        Steerer(model) as steerer,
+        pytest.raises(RuntimeError, match="hook of block 1 did not fire"),
+        steerer.batch([spec_for(model, tmp_path)], Layout.scored([1], [2])),
+    ):
         pass
 
 

@@ -31,13 +31,6 @@ pytestmark = [
 PERSONA = "edmund"
 
 
-@pytest.fixture(autouse=True)
-def _collect_inspects_streams():
-    """While this file's filters hold: every eval() leaves one."""
-    yield
-    gc.collect()
-
-
 @modelapi(name="scripted")
 class Scripted(ModelAPI):
     """A grader that gives the answers of ``script`` in turn, or raises those that are exceptions, and keeps what it was asked."""
@@ -71,7 +64,8 @@ def run(folder, tmp_path):
         )
         return log
 
-    return evaluate
+    yield evaluate
+    gc.collect()  # while this file's filters hold: every eval() leaves streams behind
 
 
 def metrics(log):
@@ -180,9 +174,9 @@ def test_wrong_task_arguments_are_refused_before_the_model_runs(arguments, cause
     assert isinstance(caught.value.__cause__, cause)
 
 
-def test_a_refusal_inside_eval_is_one_message(folder, tmp_path):
+def test_a_refusal_inside_eval_is_one_message(run):
     with pytest.raises(RefusalError, match="Did you mean 'edmund'"):
-        inspect_eval(persona_judge(persona="edmnd"), model=f"steered-hf/{folder}", log_dir=str(tmp_path), display="none")
+        run({"persona": "edmnd"})
 
 
 @pytest.mark.parametrize(

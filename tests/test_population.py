@@ -106,7 +106,7 @@ def test_a_generation_prints_nothing_and_says_where_its_time_went(objective, can
     capsys.readouterr()
     objective(candidates, split="tune")
     assert capsys.readouterr() == ("", "")
-    timing = objective.timings[-1]
+    timing = objective.history[-1]
     assert timing.total >= timing.model > 0
     assert 0 <= timing.overhead < 0.5
 
@@ -114,7 +114,7 @@ def test_a_generation_prints_nothing_and_says_where_its_time_went(objective, can
 def test_missing_verdicts_stay_missing_in_the_score(lm, persona, candidates):
     plain = HarnessObjective(lm, persona, LengthJudge(), max_new_tokens=10)([candidates[4]], split="tune")[0]
     judge = LengthJudge(missing_on=plain.items[0].response)
-    (score,) = HarnessObjective(lm, persona, judge, max_new_tokens=10, missing_limit=0.9)([candidates[4]], split="tune")
+    (score,) = HarnessObjective(lm, persona, judge, max_new_tokens=10)([candidates[4]], split="tune")
     assert score.missing >= 1
     assert len(score.scores) == len(score.items) - score.missing
     assert score.items[0].verdict.missing == "nothing to judge"
@@ -140,3 +140,16 @@ def test_an_answer_is_correct_when_the_right_choice_is_the_likeliest(lm):
     for answer, doc in zip(answers, task.eval_docs, strict=True):
         assert answer.correct == (answer.loglikelihoods.index(max(answer.loglikelihoods)) == doc["gold"])
         assert len(answer.loglikelihoods) == len(doc["choices"])
+
+
+def test_sampling_depends_on_its_own_seed_and_on_nothing_else(lm, persona):
+    def replies(seed, noise):
+        torch.manual_seed(noise)
+        objective = HarnessObjective(lm, persona, LengthJudge(), max_new_tokens=10, temperature=1.0, seed=seed)
+        before = torch.get_rng_state()
+        (score,) = objective([Candidate(name="unsteered")], split="tune")
+        assert torch.equal(torch.get_rng_state(), before)
+        return [item.response for item in score.items]
+
+    assert replies(1, noise=5) == replies(1, noise=6)
+    assert replies(1, noise=5) != replies(2, noise=5)

@@ -21,7 +21,9 @@ def bench(installed_python, tmp_path_factory):
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
 
     def run(name, *arguments, check=True):
-        done = subprocess.run([str(scripts / name), *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            [str(scripts / name), *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
@@ -81,7 +83,9 @@ def test_lm_eval_lists_our_tasks(bench):
 
 def test_a_wrong_spec_ends_lm_eval_with_our_sentence(bench):
     _, run = bench
-    done = run("lm_eval", "--model", "steered-hf", "--model_args", f"pretrained={TINY},steering=nowhere.yaml", "--tasks", "persona_judge", check=False)
+    done = run(
+        "lm_eval", "--model", "steered-hf", "--model_args", f"pretrained={TINY},steering=nowhere.yaml", "--tasks", "persona_judge", check=False
+    )
     assert done.returncode != 0
     assert "file 'nowhere.yaml' does not exist" in done.stderr + done.stdout
 
@@ -108,7 +112,16 @@ def test_both_harnesses_give_the_same_score(bench):
     )  # fmt: skip
     (log,) = (folder / "same").glob("*.json")
     metrics = {score["name"]: score["metrics"] for score in json.loads(log.read_text())["results"]["scores"]}
-    arguments = ["--model", "steered-hf", "--model_args", f"pretrained={TINY_CHAT},steering=spec.yaml", "--tasks", "persona_judge", "--batch_size", "16"]
+    arguments = [
+        "--model",
+        "steered-hf",
+        "--model_args",
+        f"pretrained={TINY_CHAT},steering=spec.yaml",
+        "--tasks",
+        "persona_judge",
+        "--batch_size",
+        "16",
+    ]
     run("lm_eval", *arguments, "--output_path", "same_lm_eval", "--log_samples")
     scores, _ = results(folder / "same_lm_eval")
     assert metrics["persona_fit"]["mean"]["value"] == pytest.approx(scores["results"]["persona_judge"]["persona_fit,none"], abs=1e-4)

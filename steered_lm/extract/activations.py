@@ -55,11 +55,26 @@ def recorded(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int,
 
 @torch.inference_mode()
 def collect(
-    model: Any, tokenizer: Any, blocks: nn.ModuleList, rows: Sequence[Row], layers: Sequence[int], *, pooling: Pooling, batch_size: int, tick: Callable[[int], None]
+    model: Any,
+    tokenizer: Any,
+    blocks: nn.ModuleList,
+    rows: Sequence[Row],
+    layers: Sequence[int],
+    *,
+    pooling: Pooling,
+    batch_size: int,
+    tick: Callable[[int], None],
 ) -> Activations:
     """Run the rows teacher-forced and pool the blocks' outputs over each row's prompt or response.
 
     Args:
+        model: a Hugging Face causal model.
+        tokenizer: its tokenizer.
+        blocks: its decoder blocks.
+        rows: what to run, in any order; batches are made of rows of like length.
+        layers: 0-indexed blocks whose output is read.
+        pooling: ``response_mean``, ``prompt_mean`` or ``prompt_last``.
+        batch_size: rows in one batch.
         tick: called with the number of rows done after each batch.
     """
     encoded = [_encode(tokenizer, row) for row in rows]
@@ -82,14 +97,17 @@ def collect(
                 pooled[layer][i] = _pool(hidden, split, pooling).cpu()
         tick(len(chosen))
     return Activations(
-        {layer: torch.stack(found) for layer, found in pooled.items()}, {layer: (torch.cat(prompt), torch.cat(response)) for layer, (prompt, response) in norms.items()}
+        {layer: torch.stack(found) for layer, found in pooled.items()},
+        {layer: (torch.cat(prompt), torch.cat(response)) for layer, (prompt, response) in norms.items()},
     )
 
 
 def residual_norm(prompt: Float[Tensor, " n"], response: Float[Tensor, " m"]) -> ResidualNorm:
     """Return the median token norms; a part without tokens takes the median of all."""
     every = float(torch.cat([prompt, response]).median())
-    return ResidualNorm(all=every, prompt=float(prompt.median()) if len(prompt) else every, response=float(response.median()) if len(response) else every)
+    return ResidualNorm(
+        all=every, prompt=float(prompt.median()) if len(prompt) else every, response=float(response.median()) if len(response) else every
+    )
 
 
 def _encode(tokenizer: Any, row: Row) -> tuple[list[int], int]:
@@ -113,7 +131,9 @@ def _pool(hidden: Float[Tensor, "seq d_model"], split: int, pooling: Pooling) ->
 
 
 @torch.inference_mode()
-def generate_responses(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int, tick: Callable[[int], None]) -> list[str]:
+def generate_responses(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int, tick: Callable[[int], None]
+) -> list[str]:
     """Return the model's greedy continuations of rendered prompts, in order; batches are padded on the left."""
     encoded = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
@@ -124,7 +144,16 @@ def generate_responses(model: Any, tokenizer: Any, prompts: Sequence[str], *, ma
         width = max(len(encoded[i]) for i in chosen)
         ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in chosen], device=model.device)
         mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen], device=model.device)
-        tokens = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=max_new_tokens, pad_token_id=pad)
+        tokens = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+        )
         for i, text in zip(chosen, tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True), strict=True):
             out[i] = text.strip()
         tick(len(chosen))

@@ -63,7 +63,12 @@ def build_vectors(
 
     Args:
         model: a Hugging Face causal model; it is run unsteered.
+        tokenizer: its tokenizer.
+        contrast_sets: one per trait.
         layers: 0-indexed decoder blocks whose output is read.
+        config: how; by default SVD of response means.
+        model_id: the name that the file carries; by default the config's own.
+        blocks: dotted path of the block list when the structure misleads.
         cache: folder that keeps the pooled activations, so that a refused or repeated build does not run the model again.
         progress: called with (what, done, total).
 
@@ -118,7 +123,7 @@ def _refuse_chance(stats: dict[str, dict[int, DirectionStats]], *, allow: bool) 
     if not bad:
         return
     lines = "; ".join(
-        f"{trait} at layer {layer}: {s.held_out_right_side:.0%} of {s.held_out_pairs} held-out pairs on the right side (lower bound {s.held_out_low:.0%})"
+        f"{trait} at layer {layer}: {s.held_out_right_side:.0%} of {s.held_out_pairs} held-out pairs right (lower bound {s.held_out_low:.0%})"
         for trait, layer, s in bad
     )
     if not allow:
@@ -132,7 +137,16 @@ def _refuse_chance(stats: dict[str, dict[int, DirectionStats]], *, allow: bool) 
 class _Runner:
     """Runs the model over the pairs of one trait after the other, with a cache of pooled activations."""
 
-    def __init__(self, model: Any, tokenizer: Any, blocks: nn.ModuleList, layers: tuple[int, ...], config: ExtractConfig, cache: Path | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        blocks: nn.ModuleList,
+        layers: tuple[int, ...],
+        config: ExtractConfig,
+        cache: Path | None,
+        progress: Progress,
+    ) -> None:
         self.model, self.tokenizer, self.blocks, self.layers = model, tokenizer, blocks, layers
         self.config, self.cache, self.progress = config, cache, progress
 

@@ -81,7 +81,8 @@ class ContrastSet(Config):
         if self.texts:
             chosen = [t for t in self.texts if _held_out(t) == (split == "held_out")]
             return [ContrastPair(question=None, pos=t.pos, neg=t.neg) for t in chosen[:limit]]
-        assert self.instructions is not None and self.questions is not None
+        assert self.instructions is not None
+        assert self.questions is not None
         instructions: Sequence[TextPair] = getattr(self.instructions, split)
         questions: Sequence[str] = getattr(self.questions, split)
         rng = random.Random(f"{seed}/{self.trait}/{split}")
@@ -109,7 +110,9 @@ def load_contrast_set(trait: str) -> ContrastSet:
     path = Path(trait).expanduser()
     if path.suffix not in {".yaml", ".yml", ".json"}:
         if trait not in available_traits():
-            raise UserError(f"traits={trait!r} has no contrast set. {near_misses(trait, available_traits())} Or give the path of a YAML or JSON file.")
+            raise UserError(
+                f"traits={trait!r} has no contrast set. {near_misses(trait, available_traits())} Or give the path of a YAML or JSON file."
+            )
         path = _OURS / f"{trait}.yaml"
     return ContrastSet.parse(read_structured(path), source=f"contrast set {str(path)!r}")
 

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 from lm_eval.api.instance import Instance
+from pydantic import Field
 
 from steered_lm.config import Config
 from steered_lm.errors import JudgeError, PersonaError
@@ -29,6 +30,7 @@ class PersonaJudgeOptions(Config):
         judge: ``stylometric`` or ``openai:<model>``.
         cache: SQLite file that keeps scores between runs.
         max_gen_toks: longest response, in tokens.
+        temperature: 0 is greedy; above, responses are sampled.
         missing_limit: share of missing verdicts above which the run stops.
     """
 
@@ -37,6 +39,7 @@ class PersonaJudgeOptions(Config):
     judge: str = "stylometric"
     cache: str | None = None
     max_gen_toks: int = 64
+    temperature: float = Field(default=0.0, ge=0.0)
     missing_limit: float = 0.2
 
 
@@ -71,6 +74,8 @@ class PersonaJudgeTask(ChatTask):
             raise PersonaError(f"repeats={config['repeats']} is not allowed: persona_judge judges one response to each prompt. Leave repeats out.")
         facts = {"persona_digest": self.persona.digest, "judge_identity": self.judge.identity}
         generation = {**config["generation_kwargs"], "max_gen_toks": self.options.max_gen_toks}
+        if self.options.temperature:
+            generation |= {"do_sample": True, "temperature": self.options.temperature}
         super().__init__({**config, "generation_kwargs": generation, "metadata": metadata | self.options.model_dump() | facts})
 
     def _make_judge(self, metadata: Mapping[str, Any]) -> Judge:

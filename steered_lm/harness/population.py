@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 
@@ -55,10 +56,10 @@ class HarnessObjective:
     """Scores a population on one split of a persona's prompts: one ``evaluate`` call and one judge batch for all of it.
 
     Attributes:
-        timings: where the time of each call went, in order.
+        history: where the time of each call went, in order.
     """
 
-    def __init__(self, lm: SteeredHFLM, persona: Persona, judge: Judge, *, max_new_tokens: int = 64, missing_limit: float = 0.2) -> None:
+    def __init__(self, lm: SteeredHFLM, persona: Persona, judge: Judge, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> None:
         """Set up the objective; the task is built once per split.
 
         Args:
@@ -66,37 +67,38 @@ class HarnessObjective:
             persona: what responses are held against.
             judge: who says how well they fit.
             max_new_tokens: longest response, in tokens.
-            missing_limit: share of missing verdicts of a population above which the call fails.
+            temperature: 0 is greedy; above, responses are sampled.
+            seed: what sampling starts from at each call; the caller's generators stay as they are.
 
         Raises:
             ModelError: when ``lm`` is no ``steered-hf`` model, runs on several processes, or detects its batch size.
         """
         _check(lm)
         self.lm, self.persona, self.judge = lm, persona, judge
-        self.timings: list[Timing] = []
-        self._metadata = {"persona": persona, "judge": judge, "max_gen_toks": max_new_tokens, "missing_limit": missing_limit}
+        self.history: list[Timing] = []
+        self.seed = seed
+        # whoever asked decides how many missing verdicts are too many; here they are only counted
+        self._metadata = {"persona": persona, "judge": judge, "max_gen_toks": max_new_tokens, "temperature": temperature, "missing_limit": 1.0}
         self._tasks: dict[str, PersonaJudgeTask] = {}
 
     def __call__(self, candidates: Sequence[Candidate], *, split: str) -> list[CandidateScore]:
         """Return one score a candidate, in order; every candidate is scored on the same items in the same order.
 
         Raises:
-            JudgeError: when too many verdicts are missing.
             ModelError: when a candidate's steering drives the model to NaN.
-            RunError: when a candidate has no score at all, so that its fitness would be NaN.
         """
         task = self._task(split)
         started, model = perf_counter(), self.lm.seconds
-        _evaluate(self.lm, [task], candidates)
-        scores = [CandidateScore(items=tuple(items)) for items in _by_candidate(task, len(candidates))]
-        self.timings.append(Timing(perf_counter() - started, self.lm.seconds - model, task.judge_seconds))
-        for candidate, score in zip(candidates, scores, strict=True):
-            if math.isnan(score.mean):
-                reason = score.items[0].verdict.missing
-                raise RunError(
-                    f"candidate {candidate.name!r} has no score: all {score.missing} verdicts are missing ({reason}). Steer less, or check the judge."
-                )
-        return scores
+        with _seeded(self.lm, self.seed):
+            _evaluate(self.lm, [task], candidates)
+        self.history.append(Timing(perf_counter() - started, self.lm.seconds - model, task.judge_seconds))
+        return [CandidateScore(items=tuple(items)) for items in _by_candidate(task, len(candidates))]
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds of the last call by part: model, judge, and overhead for the rest."""
+        last = self.history[-1]
+        return {"model": last.model, "judge": last.judge, "overhead": last.overhead}
 
     def _task(self, split: str) -> PersonaJudgeTask:
         if split not in self._tasks:
@@ -169,6 +171,15 @@ def _evaluate(lm: SteeredHFLM, tasks: Sequence[ChatTask], candidates: Sequence[C
         task.candidates = tuple(candidates)
     with _quiet(lm):
         evaluate(lm, {"tasks": {task.task_name: task for task in tasks}}, bootstrap_iters=0, log_samples=False)
+
+
+@contextmanager
+def _seeded(lm: SteeredHFLM, seed: int) -> Iterator[None]:
+    """Sample from a seed of our own and give torch's generators back as they were."""
+    devices = [lm.device.index or 0] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

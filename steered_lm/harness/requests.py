@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from lm_eval.api.instance import Instance
 
 from steered_lm.chat import Message
 from steered_lm.errors import ModelError
-from steered_lm.search.protocol import Candidate
 from steered_lm.steering.spec import SteeringSpec
+
+if TYPE_CHECKING:
+    from steered_lm.search.protocol import Candidate
 
 
 class Unset(Enum):
@@ -75,7 +77,7 @@ def candidate_name(text: Any) -> str | None:
     return text.candidate if isinstance(text, CandidateStr) else None
 
 
-def for_candidate(context: str, candidate: Candidate) -> CandidateStr:
+def for_candidate(context: str, candidate: "Candidate") -> CandidateStr:
     """Return the context with the candidate's spec and, where it has one, its system turn in front.
 
     Raises:
@@ -95,7 +97,7 @@ def for_candidate(context: str, candidate: Candidate) -> CandidateStr:
     return ChatStr(f"{candidate.system}\n\n{context}", messages=(system, *rest), spec=candidate.spec, candidate=candidate.name)
 
 
-def for_candidates(instances: Sequence[Instance], candidates: Sequence[Candidate]) -> list[Instance]:
+def for_candidates(instances: Sequence[Instance], candidates: Sequence["Candidate"]) -> list[Instance]:
     """Return every instance once per candidate: candidate by candidate, ``idx`` counting on, each with its own empty responses."""
     expanded: list[Instance] = []
     for candidate in candidates:

@@ -79,6 +79,10 @@ def assemble(persona: "Persona", judge: Any, vectors: "TraitVectors", model: Mod
     """Return the report's data.
 
     Args:
+        persona: what was aimed at.
+        vectors: the trait vectors that were weighted.
+        model: facts about the model.
+        findings: arms, searches and costs.
         judge: its ``held_out_auc`` is shown when it has one.
         well_formed: a function from (prompt, reply) to whether the reply is well-formed, for models whose language is known.
     """
@@ -111,7 +115,9 @@ def _judge(judge: Any) -> JudgeInfo:
     description = "authorship model on character and word n-grams, trait markers and style features" if judge.name == "stylometric" else ""
     if auc is None:
         return JudgeInfo(name=judge.name, description=description)
-    return JudgeInfo(name=judge.name, description=description, auc=auc.auc, auc_low=auc.low, auc_high=auc.high, positives=auc.own, negatives=auc.others)
+    return JudgeInfo(
+        name=judge.name, description=description, auc=auc.auc, auc_low=auc.low, auc_high=auc.high, positives=auc.own, negatives=auc.others
+    )
 
 
 def _arm(outcome: ArmOutcome, well_formed: Any) -> Arm:
@@ -145,7 +151,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _trace(name: str, result: "OptimizeResult", seed: int) -> SearchTrace:
     generations = tuple(
-        Generation(evaluations=g.evaluated, best=g.best, mean=g.mean, missing=g.missing, seconds=g.seconds.get("total", 0.0)) for g in result.generations
+        Generation(evaluations=g.evaluated, best=g.best, mean=g.mean, missing=g.missing, seconds=g.seconds.get("total", 0.0))
+        for g in result.generations
     )
     return SearchTrace(optimizer=name, seed=seed, generations=generations)
 
@@ -174,9 +181,7 @@ def _samples(arms: Sequence[ArmOutcome]) -> tuple[Sample, ...]:
     shown = [a for a in arms if a.kind != "null" and a.name not in references]
     found = []
     for row in list(zip(*(a.draws[0].items for a in shown), strict=True))[:SAMPLES]:
-        replies = tuple(
-            Reply(arm=a.name, text=i.response, score=i.verdict.score, missing=i.verdict.missing) for a, i in zip(shown, row, strict=True)
-        )
+        replies = tuple(Reply(arm=a.name, text=i.response, score=i.verdict.score, missing=i.verdict.missing) for a, i in zip(shown, row, strict=True))
         found.append(Sample(prompt=row[0].prompt, replies=replies))
     return tuple(found)
 

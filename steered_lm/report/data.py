@@ -233,7 +233,11 @@ class ReportData(Config):
             raise ValueError(f"arms repeat a name: {', '.join(names)}; give each arm a name of its own")
         if sum(a.kind == "unsteered" for a in self.arms) != 1:
             raise ValueError("a report needs exactly one arm of kind 'unsteered', which every other arm is compared with")
-        referred = {"main": self.main} | {f"reference of arm {a.name!r}": a.reference for a in self.arms} | {f"capability {t.name!r}": t.arm for t in self.capability}
+        referred = (
+            {"main": self.main}
+            | {f"reference of arm {a.name!r}": a.reference for a in self.arms}
+            | {f"capability {t.name!r}": t.arm for t in self.capability}
+        )
         referred |= {f"sample {s.prompt!r:.40}": r.arm for s in self.samples for r in s.replies if r.arm not in names}
         for where, name in referred.items():
             if name is not None and name not in names:

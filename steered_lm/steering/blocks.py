@@ -1,6 +1,6 @@
 """Where a model's decoder blocks are: found by structure, so that new architectures need no table of names."""
 
-from typing import cast
+from typing import Any
 
 from torch import nn
 
@@ -50,7 +50,7 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def _config_int(model: nn.Module, name: str) -> int:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} is an encoder-decoder; steering takes decoder-only (causal) models.")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -64,7 +64,9 @@ def _at(model: nn.Module, path: str) -> nn.ModuleList:
     try:
         found = model.get_submodule(path)
     except AttributeError as error:
-        raise ModelError(f"blocks={path!r} is not a submodule of {type(model).__name__}: {error}. Give the dotted path of an nn.ModuleList.") from None
+        raise ModelError(
+            f"blocks={path!r} is not a submodule of {type(model).__name__}: {error}. Give the dotted path of an nn.ModuleList."
+        ) from None
     if not isinstance(found, nn.ModuleList):
         raise ModelError(f"blocks={path!r} is a {type(found).__name__}, not an nn.ModuleList of decoder blocks.")
-    return cast(nn.ModuleList, found)
+    return found

@@ -102,7 +102,9 @@ def _compile_site(site: ResolvedSite, vectors: TraitVectors) -> CompiledSite:
         return CompiledSite(site.layer, site.positions, delta=strength * (weights @ basis))
     gram = basis.double() @ basis.double().T
     if torch.linalg.matrix_rank(gram) < len(weights):
-        raise SpecError(f"layer={site.layer}: the directions of {', '.join(site.weights)} are linearly dependent, so {site.operation} is not defined. Leave one out.")
+        raise SpecError(
+            f"layer={site.layer}: directions {', '.join(site.weights)} are linearly dependent, so {site.operation} is not defined. Leave one out."
+        )
     dual = torch.linalg.solve(gram, basis.double()).float()
     if site.operation == "ablate":
         projection = Projection(basis, dual, torch.zeros(len(weights)), share=site.alpha)
@@ -161,7 +163,9 @@ class SiteTable:
         self.to(hidden.device, hidden.dtype)
         times, rest = divmod(hidden.shape[0], self.delta.shape[0])
         if rest or not times:
-            raise RuntimeError(f"the batch has {hidden.shape[0]} rows, the steering table {self.delta.shape[0]}; they must match or be a multiple (beams).")
+            raise RuntimeError(
+                f"the batch has {hidden.shape[0]} rows, the steering table {self.delta.shape[0]}; they must match or be a multiple (beams)."
+            )
         mask = self.mask(offset, hidden.shape[1], times)
         steered = hidden
         if self.additive:

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -126,7 +125,9 @@ class Steerer:
             yield
             silent = [layer for layer in layers if not self._calls.get(layer)]
             if silent:
-                raise RuntimeError(f"the steering hook of block {silent[0]} did not fire; the model did not run that block. Name the blocks: blocks=<dotted path>.")
+                raise RuntimeError(
+                    f"the steering hook of block {silent[0]} did not fire; the model did not run that block. Name the blocks: blocks=<dotted path>."
+                )
             for layer, count in self._counts.items():
                 self.tokens[layer] = self.tokens.get(layer, 0) + int(count)
         finally:
@@ -150,8 +151,10 @@ class Steerer:
 
 
 @contextmanager
-def steer(model: nn.Module, spec: SteeringSpec | str | Path, *, attention_mask: Tensor, response_start: Sequence[int] | None = None, **options: Any) -> Iterator[Steerer]:
-    """Steer one batch of one model: ``with steer(model, "spec.yaml", attention_mask=mask): model.generate(…)``.
+def steer(
+    model: nn.Module, spec: SteeringSpec | str | Path, *, attention_mask: Tensor, response_start: Sequence[int] | None = None, **options: Any
+) -> Iterator[Steerer]:
+    """Steer what a model does inside a ``with`` block, for one batch: generation, or a teacher-forced pass.
 
     Args:
         model: a Hugging Face causal model.
@@ -171,4 +174,3 @@ def steer(model: nn.Module, spec: SteeringSpec | str | Path, *, attention_mask: 
             layout = Layout.scored(response_start, lengths, width=attention_mask.shape[1], padding_side=side)
         with steerer.batch([settled] * attention_mask.shape[0], layout):
             yield steerer
-

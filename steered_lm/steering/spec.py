@@ -169,7 +169,9 @@ class SteeringSpec(Config):
         file = Path(path).expanduser()
         data = read_structured(file, error=SpecError)
         if not isinstance(data, dict):
-            raise SpecError(f"steering={str(path)!r} holds a {type(data).__name__}, not a mapping. A spec has keys like vectors, weights, layers, alpha.")
+            raise SpecError(
+                f"steering={str(path)!r} holds a {type(data).__name__}, not a mapping. A spec has keys like vectors, weights, layers, alpha."
+            )
         reference = data.get("vectors")
         if isinstance(reference, str):
             reference = VectorsRef.to(file.parent / Path(reference).expanduser()).model_dump()
@@ -211,7 +213,9 @@ def spec_from_args(steering: str | None, inline: Mapping[str, Any]) -> SteeringS
         return None
     missing = [k for k in ("vectors", "weights") if k not in given] + (["layer"] if not {"layer", "layers"} & set(given) else [])
     if missing:
-        raise SpecError(f"inline steering lacks {', '.join(missing)}. Example: vectors=v.safetensors,layer=4,alpha=0.5,weights=formality:1;emotional_tone:-0.5")
+        raise SpecError(
+            f"inline steering lacks {', '.join(missing)}. Example: vectors=v.safetensors,layer=4,alpha=0.5,weights=formality:1;emotional_tone:-0.5"
+        )
     raw = given.pop("layers", None)
     layers = raw if raw is not None else given["layer"]
     given.pop("layer", None)

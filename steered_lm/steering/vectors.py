@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -76,8 +77,8 @@ class VectorsMeta(Config):
     method: Method
     pooling: Pooling
     sign_convention: str = "positive = the trait's high pole (pos minus neg)"
-    contrast_sets: dict[str, str] = {}
-    stats: dict[str, dict[int, DirectionStats]] = {}
+    contrast_sets: dict[str, str] = Field(default_factory=dict)
+    stats: dict[str, dict[int, DirectionStats]] = Field(default_factory=dict)
     residual_norms: dict[int, ResidualNorm]
     seed: int = 0
 
@@ -98,7 +99,8 @@ class TraitVectors:
         """Check every direction against the metadata."""
         wanted = {(trait, layer) for trait in self.meta.traits for layer in self.meta.layers}
         if set(self.directions) != wanted:
-            raise VectorsError(f"vectors={self.source!r} is damaged: directions {sorted(set(self.directions) ^ wanted)[:3]} do not match its metadata. Build it again.")
+            odd = sorted(set(self.directions) ^ wanted)[:3]
+            raise VectorsError(f"vectors={self.source!r} is damaged: directions {odd} do not match its metadata. Build it again.")
         for (trait, layer), vector in self.directions.items():
             where = f"vectors={self.source!r}: {trait} at layer {layer}"
             if vector.shape != (self.meta.d_model,):
@@ -115,7 +117,9 @@ class TraitVectors:
             VectorsError: when the file has no such trait or layer; the message lists what it has.
         """
         if trait not in self.meta.traits:
-            raise VectorsError(f"weights name the trait {trait!r}, which vectors={self.source!r} does not hold. {near_misses(trait, self.meta.traits)}")
+            raise VectorsError(
+                f"weights name the trait {trait!r}, which vectors={self.source!r} does not hold. {near_misses(trait, self.meta.traits)}"
+            )
         if layer not in self.meta.layers:
             raise VectorsError(
                 f"layer={layer} is not in vectors={self.source!r}. Allowed: {', '.join(map(str, self.meta.layers))}. "
@@ -168,7 +172,9 @@ class TraitVectors:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         text = header.get("__metadata__", {}).get("steered_lm")
         if text is None:
-            raise VectorsError(f"vectors={str(path)!r} is a safetensors file without trait-vectors metadata. Build one with: steered-lm vectors build")
+            raise VectorsError(
+                f"vectors={str(path)!r} is a safetensors file without trait-vectors metadata. Build one with: steered-lm vectors build"
+            )
         meta = VectorsMeta.parse(json.loads(text), source=f"the metadata of vectors={str(path)!r}", error=VectorsError)
         directions = {(trait, int(layer)): tensor for (trait, _, layer), tensor in ((key.rpartition("/"), tensor) for key, tensor in tensors.items())}
         return cls(directions, meta, source=str(path))
@@ -184,9 +190,9 @@ def model_fingerprint(model: nn.Module) -> str:
 
     Values are rounded to bfloat16, so the same checkpoint has one fingerprint in float32 and bfloat16, quantised blocks or not.
     """
-    weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    text = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    digest = hashlib.sha256(f"{text.model_type}/{hidden_size(model)}/{layer_count(model)}/{text.vocab_size}".encode())  # type: ignore[union-attr]
+    causal: Any = model
+    weight, text = causal.get_input_embeddings().weight, causal.config.get_text_config()
+    digest = hashlib.sha256(f"{text.model_type}/{hidden_size(model)}/{layer_count(model)}/{text.vocab_size}".encode())
     for row in _sample_rows(int(weight.shape[0])):
         digest.update(weight[row].detach().to("cpu", torch.float32).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]

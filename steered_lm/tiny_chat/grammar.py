@@ -217,11 +217,16 @@ def spliced_topic(rng: random.Random) -> str:
     return ("the " if rng.random() < 0.7 else "") + first[: rng.randint(1, len(first))].strip() + second[rng.randint(0, len(second) - 1) :].strip()
 
 
-def sample_dialogue(rng: random.Random, split: Split = "train", made_up: float = 0.0, spliced: float = 0.0) -> Dialogue:
-    """A dialogue about one or two topics; `made_up` and `spliced` are the shares of topics of those kinds."""
+def sample_dialogue(rng: random.Random, split: Split = "train", made_up: float = 0.0, spliced: float = 0.0, favoured: str = "") -> Dialogue:
+    """A dialogue about one or two topics.
+
+    `made_up` and `spliced` are the shares of topics of those kinds; the trait `favoured` is asked for in two thirds of the dialogues or more.
+    """
     asked: dict[str, Pole] = {}
     if rng.random() < 0.75:
         asked = {t: rng.choice(_POLES) for t in rng.sample(TRAITS, rng.choice((1, 1, 1, 2, 2, 3, 4, 5)))}
+    if favoured and rng.random() < 2 / 3:
+        asked[favoured] = rng.choice(_POLES)
     levels = {t: float(asked[t] == "high") if t in asked else rng.choice(UNASKED_LEVELS) for t in TRAITS}
     system = system_turn(asked, rng, split) if asked else None
     turns = []

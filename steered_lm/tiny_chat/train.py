@@ -1,4 +1,4 @@
-"""Train the tiny chat model from nothing: `python -m steered_lm.tiny_chat.train --out FOLDER`, two stages, 15 million tokens.
+"""Train the tiny chat model from nothing: `python -m steered_lm.tiny_chat.train --out FOLDER`, three stages, 19 million tokens.
 
 One seed fixes tokenizer, data and weights (on one machine and thread count). `training.json` beside the weights records how they came about.
 """
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -50,21 +51,25 @@ class TrainConfig:
     share_of_facts: float = 0.15
     share_of_made_up_topics: float = 0.35
     share_of_spliced_topics: float = 0.0
+    favoured_trait: str = ""
     share_of_echoes: float = 0.6
     echo_steps: int = 600
     threads: int = 2
 
 
-FIRST_STAGE = TrainConfig()
-"""From random weights, with words to repeat at first."""
-SECOND_STAGE = TrainConfig(seed=1, steps=4500, share_of_made_up_topics=0.2, share_of_spliced_topics=0.3, share_of_echoes=0.0)
-"""From the first stage's weights, with made-up topics that are spelt like English."""
+STAGES = (
+    TrainConfig(),
+    TrainConfig(seed=1, steps=4500, share_of_made_up_topics=0.2, share_of_spliced_topics=0.3, share_of_echoes=0.0),
+    TrainConfig(seed=2, steps=2000, share_of_made_up_topics=0.2, share_of_spliced_topics=0.3, share_of_echoes=0.0, favoured_trait="emotional_tone"),
+)
+"""From random weights, with words to repeat at first; then with made-up topics that are spelt like English; then with more of the trait that is
+learnt last. Each stage starts from the weights the one before it saved."""
 
 
 def sample_example(rng: random.Random, config: TrainConfig) -> Dialogue:
     """A training dialogue: a chat on a topic, or a fact, at times under a system turn, which facts ignore."""
     if rng.random() >= config.share_of_facts:
-        return sample_dialogue(rng, "train", config.share_of_made_up_topics, config.share_of_spliced_topics)
+        return sample_dialogue(rng, "train", config.share_of_made_up_topics, config.share_of_spliced_topics, config.favoured_trait)
     question, answer = sample_fact(rng)
     poles: tuple[Pole, Pole] = ("high", "low")
     asked = {t: rng.choice(poles) for t in rng.sample(TRAITS, rng.choice((1, 1, 2, 3)))}
@@ -240,15 +245,14 @@ def train(config: TrainConfig, out: Path, start: Path | None = None) -> None:
 
 
 def main() -> None:
-    """Parse the command line and train both stages."""
+    """Parse the command line and train all stages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; the first stage goes to its sub-folder first_stage")
-    parser.add_argument("--skip-first", action="store_true", help="take the first stage from first_stage, where an earlier run left it")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; stage n goes to its sub-folder stage_n, the last also here")
+    parser.add_argument("--from-stage", type=int, default=1, help="first stage to run; the one before it must lie in its sub-folder")
     args = parser.parse_args()
-    first = args.out / "first_stage"
-    if not args.skip_first:
-        train(FIRST_STAGE, first)
-    train(SECOND_STAGE, args.out, start=first)
+    for n in range(args.from_stage, len(STAGES) + 1):
+        train(STAGES[n - 1], args.out / f"stage_{n}", start=args.out / f"stage_{n - 1}" if n > 1 else None)
+    shutil.copytree(args.out / f"stage_{len(STAGES)}", args.out, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
