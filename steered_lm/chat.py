@@ -33,7 +33,10 @@ def _render(tokenizer: Any, messages: Sequence[Message], template_args: Mapping[
     plain = [dict(m) for m in messages]
     if plain and plain[0]["role"] == "system" and not supports_system_turn(tokenizer):
         system, plain = plain[0]["content"], plain[1:]
-        plain[0]["content"] = f"{system}\n\n{plain[0]['content']}"
+        if plain and plain[0]["role"] == "user":
+            plain[0]["content"] = f"{system}\n\n{plain[0]['content']}"
+        else:
+            plain.insert(0, {"role": "user", "content": system})
     return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **template_args))
 
 

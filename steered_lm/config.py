@@ -28,18 +28,18 @@ class Config(BaseModel):
             raise error(f"{source} is not a valid {cls.__name__}: {problems}. Allowed keys: {', '.join(cls.model_fields)}.") from report
 
 
-def read_structured(path: Path, *, error: type[UserError] = UserError) -> Any:
-    """Read a YAML or JSON file.
+def read_structured(path: Path, *, what: str = "file ", error: type[UserError] = UserError) -> Any:
+    """Read a YAML or JSON file; ``what`` names it in messages: ``file``, or the argument that it was given by, such as ``steering=``.
 
     Raises:
         UserError: (or ``error``) when the file is missing or cannot be parsed.
     """
     if not path.is_file():
-        raise error(f"file {str(path)!r} does not exist. Check the path, or create the file first.")
+        raise error(f"{what}{str(path)!r} does not exist. Check the path, or create the file first.")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise error(f"file {str(path)!r} is neither valid YAML nor JSON: {problem}") from problem
+        raise error(f"{what}{str(path)!r} is neither valid YAML nor JSON: {problem}") from problem
 
 
 def canonical_json(value: Any) -> str:

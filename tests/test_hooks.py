@@ -227,3 +227,9 @@ def test_steer_is_the_one_line_form_for_generate_and_for_scoring(tmp_path):
     with torch.no_grad(), steer(model, spec, attention_mask=torch.ones(1, 6), response_start=[4]):
         logits = model(torch.tensor([PROMPTS[2]])).logits[0]
     assert torch.equal(logits, scored(model, [PROMPTS[2]], [4], [spec])[0])
+
+
+def test_an_alpha_beyond_float32_is_refused(tmp_path):
+    model = random_model()
+    with pytest.raises(SpecError, match="is not finite in float32. Use a smaller alpha"):
+        Steerer(model).compile(spec_for(model, tmp_path, alpha=1e39))

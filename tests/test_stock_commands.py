@@ -87,7 +87,7 @@ def test_a_wrong_spec_ends_lm_eval_with_our_sentence(bench):
         "lm_eval", "--model", "steered-hf", "--model_args", f"pretrained={TINY},steering=nowhere.yaml", "--tasks", "persona_judge", check=False
     )
     assert done.returncode != 0
-    assert "file 'nowhere.yaml' does not exist" in done.stderr + done.stdout
+    assert "steering='nowhere.yaml' does not exist" in done.stderr + done.stdout
 
 
 def test_inspect_runs_persona_judge_with_a_spec(bench):

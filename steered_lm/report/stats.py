@@ -173,10 +173,11 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         if not 0.0 <= p <= 1.0:
             raise UserError(f"p_values[{i}]={p} is not a p-value. Allowed: 0 to 1, or None for a comparison that could not be tested.")
     adjusted: list[float | None] = [None] * len(p_values)
-    running = 0.0
-    for rank, (p, i) in enumerate(sorted(known)):
-        running = max(running, min(1.0, p * (len(known) - rank)))
-        adjusted[i] = running
+    if known:
+        from statsmodels.stats.multitest import multipletests  # takes a second to import
+
+        for (_, i), corrected in zip(known, multipletests([p for p, _ in known], method="holm")[1], strict=True):
+            adjusted[i] = float(corrected)
     return adjusted
 
 

@@ -99,7 +99,10 @@ def _compile_site(site: ResolvedSite, vectors: TraitVectors) -> CompiledSite:
     basis = torch.stack([vectors.vector(trait, site.layer) for trait in site.weights]).to(torch.float32)
     weights = torch.tensor(list(site.weights.values()), dtype=torch.float32)
     if site.operation == "add":
-        return CompiledSite(site.layer, site.positions, delta=strength * (weights @ basis))
+        delta = strength * (weights @ basis)
+        if not torch.isfinite(delta).all():
+            raise SpecError(f"layer={site.layer}: alpha={site.alpha} times weights {site.weights} is not finite in float32. Use a smaller alpha.")
+        return CompiledSite(site.layer, site.positions, delta=delta)
     gram = basis.double() @ basis.double().T
     if torch.linalg.matrix_rank(gram) < len(weights):
         raise SpecError(

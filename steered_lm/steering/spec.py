@@ -167,7 +167,7 @@ class SteeringSpec(Config):
             SpecError: when the file is missing, malformed, or has unknown keys.
         """
         file = Path(path).expanduser()
-        data = read_structured(file, error=SpecError)
+        data = read_structured(file, what="steering=", error=SpecError)
         if not isinstance(data, dict):
             raise SpecError(
                 f"steering={str(path)!r} holds a {type(data).__name__}, not a mapping. A spec has keys like vectors, weights, layers, alpha."
