@@ -58,7 +58,10 @@ def test_a_reply_about_another_topic_does_not_parse() -> None:
     reply = sample_reply("the bakery", {}, random.Random(0))
     assert parse(reply, "the bakery") is not None
     assert parse(reply, "the garden") is None
-    assert parse(reply.replace("the bakery", "the zzyzx"), None) is None
+    misspelt = parse(reply.replace("the bakery", "the bakerry"))
+    assert misspelt is not None
+    assert misspelt.topic == "the bakerry"
+    assert parse(reply.replace("the bakery", "the bakery the bakery the bakery")) is None
 
 
 def test_every_trait_shows_at_least_three_times_and_in_every_clause() -> None:

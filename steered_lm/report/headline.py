@@ -91,7 +91,7 @@ def _rival(c: Comparison) -> Sentence:
     where = f" on the {count(d.n, 'prompt')} that both have verdicts for" if d.missing else ""
     text = f"{who} reaches {plain(d.mean_b)} where {c.arm} reaches {plain(d.mean_a)}{where}: difference {_interval(c)}. "
     tone, verdict = _RIVAL_SAYS[c.outcome]
-    return Sentence(tone=tone, text=text + verdict.format(c.arm))
+    return Sentence(tone=tone, text=text + verdict.format(c.arm[:1].upper() + c.arm[1:]))
 
 
 def _cost(c: Capability) -> Sentence:

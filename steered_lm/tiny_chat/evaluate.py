@@ -78,7 +78,7 @@ def asked_questions(traits_asked: int, n: int, seed: int = 0) -> list[Question]:
 
 
 def read_replies(replies: Sequence[str], questions: Sequence[Question]) -> list[ParsedReply | None]:
-    """Each reply parsed, whatever topic of the package it names."""
+    """Each reply parsed, whatever topic it names."""
     return [parse(r, q.topic) or parse(r) for r, q in zip(replies, questions, strict=True)]
 
 

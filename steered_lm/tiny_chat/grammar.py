@@ -27,7 +27,7 @@ UNASKED_LEVELS = (0.0, 0.5, 0.5, 1.0)
 _HERE = Path(__file__).parent
 _LEXICON: dict[str, Any] = yaml.safe_load((_HERE / "lexicon.yaml").read_text("utf-8"))
 _PROMPTS: dict[str, Any] = yaml.safe_load((_HERE / "prompts.yaml").read_text("utf-8"))
-_POLES: tuple[Pole, Pole] = ("high", "low")
+POLES: tuple[Pole, Pole] = ("high", "low")
 _ONSETS = [*"bcdfghjklmnprstvwz", "br", "cl", "dr", "fl", "gr", "pl", "sh", "st", "th", "tr"]
 _VOWELS = [*"aeiou", "ai", "ea", "oo", "ou"]
 _CODAS = ["", "", "", "n", "r", "l", "s", "t", "m", "nd", "ck", "ng"]
@@ -145,11 +145,15 @@ def _parse_clause(kind: str, clause: str, sentence_start: bool) -> tuple[str | N
     return None
 
 
+_TOPIC = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*(?: [^\W\d_]+(?:['-][^\W\d_]+)*){0,3}")
+
+
 def parse(reply: str, topic: str | None = None) -> ParsedReply | None:
     """Read a reply back exactly; None when it is not a sentence of the language.
 
     Every slot must hold one of its own phrases, of either pole (the poles may differ from slot to slot: a narrative verb may follow an
-    expository adverb). The topic must be `topic`, or without it any topic of the package.
+    expository adverb). The topic must be `topic`; without it, any phrase of up to four words will do, so that whether a reply is well-formed and
+    whether it spells its topic right are two questions.
     """
     text = reply.strip()
     if not text.endswith(".") or not text[0].isupper():
@@ -168,7 +172,7 @@ def parse(reply: str, topic: str | None = None) -> ParsedReply | None:
             return None
         found = result[0] or found
         marks += result[1]
-    if found.lower() != topic.lower() if topic is not None else found.lower() not in _known_topics():
+    if found.lower() != topic.lower() if topic is not None else _TOPIC.fullmatch(found.lower()) is None:
         return None
     return ParsedReply(found.lower() if topic is None else topic, {t: _level([high for code, high in marks if code == t]) for t in TRAITS})
 
@@ -211,6 +215,12 @@ def made_up_topic(rng: random.Random) -> str:
     return ("the " if rng.random() < 0.7 else "") + word
 
 
+def pole_phrases(trait: str, pole: Pole) -> list[str]:
+    """All phrases of one pole of a trait, slot by slot."""
+    code = next(c for c, name in CODES.items() if name == trait)
+    return [str(phrase) for slot in _LEXICON["slots"][code].values() for phrase in slot[pole]]
+
+
 def spliced_topic(rng: random.Random) -> str:
     """A topic spliced from the letters of two training topics ("the garbrary"): no word either, but with the spelling of English."""
     first, second = (rng.choice(TOPICS_TRAIN).removeprefix("the ") for _ in range(2))
@@ -224,9 +234,9 @@ def sample_dialogue(rng: random.Random, split: Split = "train", made_up: float =
     """
     asked: dict[str, Pole] = {}
     if rng.random() < 0.75:
-        asked = {t: rng.choice(_POLES) for t in rng.sample(TRAITS, rng.choice((1, 1, 1, 2, 2, 3, 4, 5)))}
+        asked = {t: rng.choice(POLES) for t in rng.sample(TRAITS, rng.choice((1, 1, 1, 2, 2, 3, 4, 5)))}
     if favoured and rng.random() < 2 / 3:
-        asked[favoured] = rng.choice(_POLES)
+        asked[favoured] = rng.choice(POLES)
     levels = {t: float(asked[t] == "high") if t in asked else rng.choice(UNASKED_LEVELS) for t in TRAITS}
     system = system_turn(asked, rng, split) if asked else None
     turns = []
@@ -240,11 +250,6 @@ def sample_dialogue(rng: random.Random, split: Split = "train", made_up: float =
             topic = rng.choice(TOPICS_TRAIN if split == "train" else TOPICS_HELD_OUT)
         turns.append(Turn(user_prompt(topic, rng, split), sample_reply(topic, levels, rng)))
     return Dialogue(system, tuple(turns), asked)
-
-
-@cache
-def _known_topics() -> frozenset[str]:
-    return frozenset(t.lower() for t in TOPICS_TRAIN + TOPICS_HELD_OUT)
 
 
 def _level(marks: list[bool]) -> float:

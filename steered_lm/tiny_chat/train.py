@@ -1,4 +1,4 @@
-"""Train the tiny chat model from nothing: `python -m steered_lm.tiny_chat.train --out FOLDER`, three stages, 19 million tokens.
+"""Train the tiny chat model from nothing: `python -m steered_lm.tiny_chat.train --out FOLDER`, five stages, 23 million tokens.
 
 One seed fixes tokenizer, data and weights (on one machine and thread count). `training.json` beside the weights records how they came about.
 """
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steered_lm.tiny_chat.facts import fact_exchanges, sample_fact
-from steered_lm.tiny_chat.grammar import TOPICS_TRAIN, TRAITS, Dialogue, Pole, Turn, made_up_topic, sample_dialogue, system_turn
+from steered_lm.tiny_chat.grammar import POLES, TOPICS_TRAIN, TRAITS, Dialogue, Turn, made_up_topic, pole_phrases, sample_dialogue, system_turn
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = (
@@ -52,6 +52,8 @@ class TrainConfig:
     share_of_made_up_topics: float = 0.35
     share_of_spliced_topics: float = 0.0
     favoured_trait: str = ""
+    parting: float = 0.0
+    pole_token_weight: float = 1.0
     share_of_echoes: float = 0.6
     echo_steps: int = 600
     threads: int = 2
@@ -61,9 +63,26 @@ STAGES = (
     TrainConfig(),
     TrainConfig(seed=1, steps=4500, share_of_made_up_topics=0.2, share_of_spliced_topics=0.3, share_of_echoes=0.0),
     TrainConfig(seed=2, steps=2000, share_of_made_up_topics=0.2, share_of_spliced_topics=0.3, share_of_echoes=0.0, favoured_trait="emotional_tone"),
+    TrainConfig(
+        seed=3,
+        steps=900,
+        share_of_made_up_topics=0.2,
+        share_of_spliced_topics=0.3,
+        share_of_echoes=0.0,
+        favoured_trait="emotional_tone",
+        parting=0.6,
+        pole_token_weight=8.0,
+        warmup=30,
+        threads=1,
+    ),
+    TrainConfig(seed=4, steps=1000, peak_lr=1.5e-3, share_of_made_up_topics=0.2, share_of_spliced_topics=0.3, share_of_echoes=0.0),
 )
 """From random weights, with words to repeat at first; then with made-up topics that are spelt like English; then with more of the trait that is
-learnt last. Each stage starts from the weights the one before it saved."""
+learnt last. Each stage starts from the weights the one before it saved.
+
+More examples alone did not teach that trait: words that fill the same slots had grown equal embeddings, whatever their pole (0.19 apart in the mean,
+against 0.73 to 0.94 for the other traits), and then no gradient tells them apart. So the fourth stage pushes the two poles' words apart by ``parting``
+along one random direction, and weighs their tokens ``pole_token_weight`` times in the loss; the fifth restores the balance."""
 
 
 def sample_example(rng: random.Random, config: TrainConfig) -> Dialogue:
@@ -71,8 +90,7 @@ def sample_example(rng: random.Random, config: TrainConfig) -> Dialogue:
     if rng.random() >= config.share_of_facts:
         return sample_dialogue(rng, "train", config.share_of_made_up_topics, config.share_of_spliced_topics, config.favoured_trait)
     question, answer = sample_fact(rng)
-    poles: tuple[Pole, Pole] = ("high", "low")
-    asked = {t: rng.choice(poles) for t in rng.sample(TRAITS, rng.choice((1, 1, 2, 3)))}
+    asked = {t: rng.choice(POLES) for t in rng.sample(TRAITS, rng.choice((1, 1, 2, 3)))}
     return Dialogue(system_turn(asked, rng) if rng.random() < 0.3 else None, (Turn(question, answer),), {})
 
 
@@ -156,36 +174,40 @@ def new_model(config: TrainConfig, tokenizer: Any) -> Any:
     return LlamaForCausalLM(shape)
 
 
-class _HalfLinear(torch.autograd.Function):
-    """A linear layer whose three matrix products run in bfloat16: with float32 attention and norms, half the time of either alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        rows, w = x.reshape(-1, x.shape[-1]).bfloat16(), weight.bfloat16()
-        ctx.save_for_backward(rows, w)
-        return (rows @ w.T).float().view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, w = ctx.saved_tensors
-        g = grads[0].reshape(-1, w.shape[0]).bfloat16()
-        return (g @ w).float().view(*grads[0].shape[:-1], -1), (g.T @ rows).float()
+def pole_tokens(trait: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The first tokens of the trait's high and of its low phrases, without those that both share."""
+    forms = ([form for phrase in pole_phrases(trait, pole) for form in (f" {phrase}", phrase.capitalize())] for pole in POLES)
+    high, low = ({tokenizer.convert_tokens_to_ids(tokenizer.tokenize(form)[0]) for form in of_pole} for of_pole in forms)
+    return sorted(high - low), sorted(low - high)
 
 
-def use_half_products(model: Any) -> None:
-    """Route the model's linear layers through bfloat16 products, for training only."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.forward = lambda x, weight=module.weight: _HalfLinear.apply(x, weight)  # type: ignore[method-assign]
+def part_poles(model: Any, tokenizer: Any, config: TrainConfig) -> None:
+    """Push the embeddings of the favoured trait's high and low words apart, along one random direction."""
+    direction = torch.randn(config.width, generator=torch.Generator().manual_seed(config.seed))
+    high, low = pole_tokens(config.favoured_trait, tokenizer)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[high] += config.parting * direction / direction.norm()
+        model.model.embed_tokens.weight[low] -= config.parting * direction / direction.norm()
 
 
-def reply_loss(model: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the reply tokens; logits are computed at their positions only. Right padding needs no mask under causal attention."""
+def token_weights(tokenizer: Any, config: TrainConfig) -> torch.Tensor:
+    """The weight of each token of the vocabulary in the loss."""
+    weights = torch.ones(len(tokenizer))
+    if config.favoured_trait:
+        weights[[i for pole in pole_tokens(config.favoured_trait, tokenizer) for i in pole]] = config.pole_token_weight
+    return weights
+
+
+def reply_loss(model: Any, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean cross entropy of the reply tokens; logits are computed at their positions only.
+
+    Right padding needs no mask under causal attention.
+    """
     hidden = model.model(input_ids=x, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     target = y[:, 1:].flatten()
     keep = (target != -100).nonzero().squeeze(1)
     keep = torch.nn.functional.pad(keep, (0, -len(keep) % 128))  # few shapes again; the padding points at position 0, which has no label
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[keep]), target[keep])
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[keep]), target[keep], weight=weights)
 
 
 def save(model: Any, tokenizer: Any, out: Path, record: dict[str, object]) -> None:
@@ -213,6 +235,9 @@ def train(config: TrainConfig, out: Path, start: Path | None = None) -> None:
     else:
         tokenizer, stages = AutoTokenizer.from_pretrained(start), json.loads((start / "training.json").read_text())["stages"]
         model = LlamaForCausalLM.from_pretrained(start)
+    if config.parting:
+        part_poles(model, tokenizer, config)
+    weights = token_weights(tokenizer, config)
     decay = [p for p in model.parameters() if p.dim() > 1]
     groups = [
         {"params": decay, "weight_decay": config.weight_decay},
@@ -225,7 +250,7 @@ def train(config: TrainConfig, out: Path, start: Path | None = None) -> None:
         rate = min(step / config.warmup, 0.5 * (1 + math.cos(math.pi * step / config.steps)))
         for group in optimizer.param_groups:
             group["lr"] = config.peak_lr * rate
-        loss: Any = reply_loss(model, x, y)
+        loss: Any = reply_loss(model, x, y, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
