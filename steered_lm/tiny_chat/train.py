@@ -81,8 +81,8 @@ STAGES = (
 learnt last. Each stage starts from the weights the one before it saved.
 
 More examples alone did not teach that trait: words that fill the same slots had grown equal embeddings, whatever their pole (0.19 apart in the mean,
-against 0.73 to 0.94 for the other traits), and then no gradient tells them apart. So the fourth stage pushes the two poles' words apart by ``parting``
-along one random direction, and weighs their tokens ``pole_token_weight`` times in the loss; the fifth restores the balance."""
+against 0.73 to 0.94 for the other traits), and then no gradient tells them apart. So the fourth stage pushes the words of the two poles apart, by
+``parting`` along one random direction, and weighs their tokens ``pole_token_weight`` times in the loss; the fifth restores the balance."""
 
 
 def sample_example(rng: random.Random, config: TrainConfig) -> Dialogue:
