@@ -1,9 +1,14 @@
 """Fixtures that many test files share: the built distributions and clean environments that they are installed into."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# Before torch is loaded anywhere: two processes with two threads each on two cores wait for one another most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from environments import REPOSITORY, install_into, make_environment, run
 
 

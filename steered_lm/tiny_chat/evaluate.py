@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steered_lm.tiny_chat import WEIGHTS
 from steered_lm.tiny_chat.facts import knowledge_items, truth_items
-from steered_lm.tiny_chat.grammar import TOPICS_HELD_OUT, TRAITS, ParsedReply, Pole, parse, system_turn, user_prompt
+from steered_lm.tiny_chat.grammar import TOPICS_HELD_OUT, TRAITS, ParsedReply, Pole, Split, parse, system_turn, user_prompt
 
 Messages = list[dict[str, str]]
 
@@ -60,8 +60,8 @@ def plain_questions(n: int, seed: int = 0) -> list[Question]:
     return [Question([{"role": "user", "content": user_prompt(t, rng, "held_out")}], t, {}) for t in topics]
 
 
-def asked_questions(traits_asked: int, n: int, seed: int = 0) -> list[Question]:
-    """`n` held-out questions under held-out system turns that ask for `traits_asked` traits each; traits and poles are balanced."""
+def asked_questions(traits_asked: int, n: int, seed: int = 0, wordings: Split = "held_out") -> list[Question]:
+    """`n` questions on held-out topics, under system turns in trained or held-out `wordings` that ask for `traits_asked` traits each, balanced."""
     rng = random.Random(f"{seed}/{traits_asked}")
     out = []
     poles: tuple[Pole, Pole] = ("high", "low")
@@ -70,7 +70,7 @@ def asked_questions(traits_asked: int, n: int, seed: int = 0) -> list[Question]:
         asked: dict[str, Pole] = {TRAITS[i % 5]: poles[i // 5 % 2], **{t: rng.choice(poles) for t in rng.sample(others, traits_asked - 1)}}
         topic = rng.choice(TOPICS_HELD_OUT)
         messages = [
-            {"role": "system", "content": system_turn(asked, rng, "held_out")},
+            {"role": "system", "content": system_turn(asked, rng, wordings)},
             {"role": "user", "content": user_prompt(topic, rng, "held_out")},
         ]
         out.append(Question(messages, topic, asked))
@@ -82,9 +82,9 @@ def read_replies(replies: Sequence[str], questions: Sequence[Question]) -> list[
     return [parse(r, q.topic) or parse(r) for r, q in zip(replies, questions, strict=True)]
 
 
-def ask(model: Any, tokenizer: Any, traits_asked: int, n: int = 200, seed: int = 0) -> AskedReport:
+def ask(model: Any, tokenizer: Any, traits_asked: int, n: int = 200, seed: int = 0, wordings: Split = "held_out") -> AskedReport:
     """Ask for levels by system turn and count what the replies express."""
-    questions = asked_questions(traits_asked, n, seed)
+    questions = asked_questions(traits_asked, n, seed, wordings)
     replies = greedy_replies(model, tokenizer, [q.messages for q in questions])
     parsed = read_replies(replies, questions)
     hits: dict[str, list[bool]] = {t: [] for t in TRAITS}
