@@ -106,16 +106,26 @@ def test_a_model_without_a_chat_template_is_told_about_the_plain_format(tmp_path
     assert len(lm.generate_until(writing([chat]))) == 1
 
 
-def test_steering_that_overflows_is_an_error_that_names_the_candidate(lm, vectors, persona):
+def test_steering_that_overflows_is_refused_before_anything_runs(lm, vectors, persona):
     wild = Candidate(name="wild", spec=spec_of(vectors, alpha=1e38, weights={"formality": 100.0}))
-    with pytest.raises(ModelError, match="candidate 'wild' gave NaN next-token scores"):
+    with pytest.raises(SpecError, match="is not finite in float32. Use a smaller alpha"):
         HarnessObjective(lm, persona, LengthJudge())([*UNSTEERED, wild], split="tune")
-    with pytest.raises(ModelError, match="candidate 'wild' gave NaN log-likelihoods"):
+    with pytest.raises(SpecError, match="is not finite in float32. Use a smaller alpha"):
         evaluate_choices(lm, "tiny_truth", [*UNSTEERED, wild])
-    lm.spec = wild.spec
+
+
+def test_nan_from_the_model_is_an_error_that_names_the_candidate(folder, vectors, persona):
+    lm = load(folder)
+    with torch.no_grad():
+        lm.model.lm_head.weight.fill_(float("nan"))
+    steered = Candidate(name="wild", spec=spec_of(vectors))
+    with pytest.raises(ModelError, match="candidate '(wild|unsteered)' gave NaN next-token scores"):
+        HarnessObjective(lm, persona, LengthJudge())([*UNSTEERED, steered], split="tune")
+    with pytest.raises(ModelError, match="candidate '(wild|unsteered)' gave NaN log-likelihoods"):
+        evaluate_choices(lm, "tiny_truth", [*UNSTEERED, steered])
+    lm.spec = steered.spec
     with pytest.raises(ModelError, match=r"the steered model gave NaN log-likelihoods.*smaller alpha"):
         lm.loglikelihood(scoring([("a", "b")]))
-    lm.spec = None
 
 
 def test_broken_weights_are_an_error_of_the_choices_too(folder):
