@@ -4,22 +4,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
     from steered_lm.search.result import Generation
 
 
 class _Bar:
-    def __init__(self, console: Console) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self._progress = Progress(*columns, console=console)
+    """Columns are few and narrow, so that a bar and its note fit into 80 characters."""
+
+    def __init__(self, console: Console, last: ProgressColumn) -> None:
+        self._progress = Progress(TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), last, console=console)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -34,13 +29,13 @@ class StepBar(_Bar):
 
     def __init__(self, console: Console) -> None:
         """Draw on a console."""
-        super().__init__(console)
+        super().__init__(console, TimeElapsedColumn())
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` rows of a step are finished."""
         if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what, total=total, note="")
+            self._tasks[what] = self._progress.add_task(what, total=total)
         self._progress.update(self._tasks[what], completed=done)
 
 
@@ -49,12 +44,12 @@ class GenerationBar(_Bar):
 
     def __init__(self, console: Console, name: str) -> None:
         """Draw on a console under the optimiser's name."""
-        super().__init__(console)
+        super().__init__(console, TextColumn("{task.fields[note]}"))
         self._task = self._progress.add_task(name, total=None, note="")
 
     def __call__(self, generation: "Generation") -> None:
         """Show one finished generation."""
         g = generation
-        seconds = "replayed" if g.replayed else f"{g.seconds.get('total', 0.0):.1f} s a generation"
-        note = f"best {g.best:.2f}  mean {g.mean:.2f}  missing {g.missing}/{g.verdicts}  {seconds}"
+        seconds = "replayed" if g.replayed else f"{g.seconds.get('total', 0.0):.1f} s/gen"
+        note = f"best {g.best:.2f} mean {g.mean:.2f} missing {g.missing}/{g.verdicts} {seconds}"
         self._progress.update(self._task, completed=g.evaluated, total=g.planned, note=note)
