@@ -1,5 +1,6 @@
 """The command line: ``steered-lm vectors | persona | optimize | eval | demo | report``."""
 
+import json
 import logging
 import sys
 from enum import StrEnum
@@ -103,7 +104,8 @@ def vectors_build(
         )
     console.print(_vectors_table(made))
     console.print(
-        f"wrote {out}. Use it: --model_args pretrained={model},vectors={out},layer={made.meta.layers[0]},alpha=0.4,weights={made.meta.traits[0]}:1"
+        f"wrote {out}. Use it: --model_args pretrained={model},vectors={out},layer={made.meta.layers[0]},alpha=0.4,weights={made.meta.traits[0]}:1",
+        soft_wrap=True,
     )
 
 
@@ -225,7 +227,9 @@ def optimize(
     )
     console.print(
         f"best spec: {result.spec_path}\n"
-        f"use it: lm_eval --model steered-hf --model_args pretrained={model},steering={result.spec_path} --tasks persona_judge"
+        f"use it: lm_eval --model steered-hf --model_args pretrained={model},steering={result.spec_path} --tasks persona_judge "
+        f"--metadata '{json.dumps({'persona': persona})}'",
+        soft_wrap=True,
     )
 
 
