@@ -29,14 +29,6 @@ CONTEXTS = ["Once upon a time", "A", "Lily and Ben went to the park. They saw"]
 WEIGHTS = [{"formality": 1.0}, {"emotional_tone": -1.0}, {"formality": -0.5, "emotional_tone": 1.5}, {}, {"formality": 2.0}, {"emotional_tone": 0.7}]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))

@@ -3,7 +3,6 @@ import logging
 
 import lm_eval
 import pytest
-import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tiny_harness import TASKS, LengthJudge, save_model, save_vectors, spec_of
@@ -12,14 +11,6 @@ from steered_lm.errors import JudgeError
 from steered_lm.harness.chat_task import load_tasks
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.persona.load import load_persona
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

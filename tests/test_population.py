@@ -15,14 +15,6 @@ from steered_lm.search.protocol import Candidate
 TASK_NAMES = ["tiny_knowledge", "tiny_truth"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
