@@ -1,6 +1,7 @@
 """A spec and its vectors to numbers per layer, and the rows of a batch to tables."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,44 +117,82 @@ def _compile_site(site: ResolvedSite, vectors: TraitVectors) -> CompiledSite:
     return CompiledSite(site.layer, site.positions, projection=projection)
 
 
+class SteeredRows:
+    """What is added to, or projected out of, each row of a batch at one layer: ``[rows, d_model]`` additions and padded projections."""
+
+    def __init__(self, sites: Sequence[CompiledSite | None], d_model: int) -> None:
+        """Stack the rows' sites; None is an unsteered row."""
+        zeros = torch.zeros(d_model)
+        self.delta: Float[Tensor, "rows d_model"] = torch.stack([zeros if site is None or site.delta is None else site.delta for site in sites])
+        self.additive = any(site is not None and site.delta is not None for site in sites)
+        projections = [site.projection if site is not None else None for site in sites]
+        self.packed = _pack(projections, d_model) if any(projections) else None
+        self._moved: tuple[torch.device, torch.dtype] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.delta)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the rows to where the hidden states are; projections stay in float32 for half-precision models."""
+        if self._moved == (device, dtype):
+            return
+        self.delta = self.delta.to(device, dtype)
+        if self.packed is not None:
+            basis, dual, target, share = (part.to(device) for part in self.packed)
+            self.packed = basis, dual, target, share
+        self._moved = (device, dtype)
+
+    def select(self, index: Int[Tensor, " chosen"]) -> "SteeredRows":
+        """Return the rows ``index``, which may repeat."""
+        chosen = copy(self)
+        index = index.to(self.delta.device)
+        chosen.delta = self.delta.index_select(0, index)
+        if self.packed is not None:
+            basis, dual, target, share = (part.index_select(0, index) for part in self.packed)
+            chosen.packed = basis, dual, target, share
+        return chosen
+
+    def apply(
+        self, hidden: Float[Tensor, "rows width d_model"], mask: Bool[Tensor, "rows width"], times: int = 1
+    ) -> Float[Tensor, "rows width d_model"]:
+        """Return new hidden states, steered where ``mask`` is True; ``times`` rows of the batch per row of the table."""
+        self.to(hidden.device, hidden.dtype)
+        steered = hidden
+        if self.additive:
+            delta = self.delta if times == 1 else self.delta.repeat_interleave(times, dim=0)
+            steered = steered + delta[:, None]
+        if self.packed is not None:
+            basis, dual, target, share = (part if times == 1 else part.repeat_interleave(times, dim=0) for part in self.packed)
+            full = steered.to(torch.float32)
+            steered = (full + share * torch.bmm(target - torch.bmm(full, basis.transpose(1, 2)), dual)).to(hidden.dtype)
+        return torch.where(mask[..., None], steered, hidden)
+
+
+def _pack(projections: Sequence[Projection | None], d_model: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k = max(len(p.target) for p in projections if p)
+    rows = len(projections)
+    basis, dual = torch.zeros(rows, k, d_model), torch.zeros(rows, k, d_model)
+    target, share = torch.zeros(rows, 1, k), torch.zeros(rows, 1, 1)
+    for row, p in enumerate(projections):
+        if p is not None:
+            size = len(p.target)
+            basis[row, :size], dual[row, :size], target[row, 0, :size], share[row] = p.basis, p.dual, p.target, p.share
+    return basis, dual, target, share
+
+
 class SiteTable:
-    """The rows of one batch at one layer: ``[rows, d_model]`` additions, padded projections, and each row's steered columns."""
+    """The rows of one batch at one layer, and each row's steered columns."""
 
     def __init__(self, sites: Sequence[CompiledSite | None], layout: Layout, d_model: int) -> None:
         rows = len(sites)
-        zeros = torch.zeros(d_model)
         self.low = torch.zeros(rows, dtype=torch.int64)
         self.high = torch.zeros(rows, dtype=torch.int64)
         for row, site in enumerate(sites):
             if site is not None:
                 self.low[row] = layout.split[row] if site.positions == "response" else layout.start[row]
                 self.high[row] = layout.split[row] if site.positions == "prompt" else layout.end[row]
-        self.delta = torch.stack([zeros if site is None or site.delta is None else site.delta for site in sites])
-        self.additive = any(site is not None and site.delta is not None for site in sites)
-        self.projections = [site.projection if site is not None else None for site in sites]
-        self.packed: tuple[Tensor, Tensor, Tensor, Tensor] | None = self._pack(d_model) if any(self.projections) else None
-        self._moved: tuple[torch.device, torch.dtype] | None = None
-
-    def _pack(self, d_model: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        k = max(len(p.target) for p in self.projections if p)
-        rows = len(self.projections)
-        basis, dual = torch.zeros(rows, k, d_model), torch.zeros(rows, k, d_model)
-        target, share = torch.zeros(rows, 1, k), torch.zeros(rows, 1, 1)
-        for row, p in enumerate(self.projections):
-            if p is not None:
-                size = len(p.target)
-                basis[row, :size], dual[row, :size], target[row, 0, :size], share[row] = p.basis, p.dual, p.target, p.share
-        return basis, dual, target, share
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the table to where the hidden states are; projections stay in float32 for half-precision models."""
-        if self._moved == (device, dtype):
-            return
-        self.low, self.high, self.delta = self.low.to(device), self.high.to(device), self.delta.to(device, dtype)
-        if self.packed is not None:
-            basis, dual, target, share = (part.to(device) for part in self.packed)
-            self.packed = basis, dual, target, share
-        self._moved = (device, dtype)
+        self.rows = SteeredRows(sites, d_model)
 
     def mask(self, offset: int, width: int, times: int) -> Bool[Tensor, "rows width"]:
         """Return which of the columns ``offset .. offset + width`` are steered; ``times`` rows of the batch per row of the table."""
@@ -163,19 +202,11 @@ class SiteTable:
 
     def apply(self, hidden: Float[Tensor, "rows width d_model"], offset: int) -> tuple[Float[Tensor, "rows width d_model"], Int[Tensor, ""]]:
         """Return the steered hidden states (a new tensor) and how many tokens were steered."""
-        self.to(hidden.device, hidden.dtype)
-        times, rest = divmod(hidden.shape[0], self.delta.shape[0])
+        times, rest = divmod(hidden.shape[0], len(self.rows))
         if rest or not times:
             raise RuntimeError(
-                f"the batch has {hidden.shape[0]} rows, the steering table {self.delta.shape[0]}; they must match or be a multiple (beams)."
+                f"the batch has {hidden.shape[0]} rows, the steering table {len(self.rows)}; they must match or be a multiple (beams)."
             )
+        self.low, self.high = self.low.to(hidden.device), self.high.to(hidden.device)
         mask = self.mask(offset, hidden.shape[1], times)
-        steered = hidden
-        if self.additive:
-            delta = self.delta if times == 1 else self.delta.repeat_interleave(times, dim=0)
-            steered = steered + delta[:, None]
-        if self.packed is not None:
-            basis, dual, target, share = (part if times == 1 else part.repeat_interleave(times, dim=0) for part in self.packed)
-            full = steered.to(torch.float32)
-            steered = (full + share * torch.bmm(target - torch.bmm(full, basis.transpose(1, 2)), dual)).to(hidden.dtype)
-        return torch.where(mask[..., None], steered, hidden), mask.sum()
+        return self.rows.apply(hidden, mask, times), mask.sum()

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -19,10 +20,19 @@ from steered_lm.steering.vectors import TraitVectors
 _UNSTEERED = CompiledSpec("unsteered", {})
 
 
+class Table(Protocol):
+    """What one steered block's hook does to the hidden states of a forward pass."""
+
+    def apply(self, hidden: Float[Tensor, "rows width d_model"], offset: int) -> tuple[Float[Tensor, "rows width d_model"], Int[Tensor, ""]]:
+        """Return new hidden states, and how many tokens were steered; ``offset`` is the number of cached columns."""
+        ...
+
+
 class Steerer:
     """Steers a causal model row by row: one permanent forward hook per steered block, idle outside :meth:`batch`.
 
     Attributes:
+        blocks, stack: the decoder blocks, and the module that runs them.
         tokens: how many tokens (rows x positions) each block's hook has steered so far, by layer.
     """
 
@@ -39,8 +49,8 @@ class Steerer:
         """
         self.model = model
         self.blocks = find_blocks(model, blocks)
-        self._stack = parent_of(model, self.blocks)
-        self._signature = inspect.signature(self._stack.forward)
+        self.stack = parent_of(model, self.blocks)
+        self._signature = inspect.signature(self.stack.forward)
         self.d_model = hidden_size(model)
         self.allow_foreign = allow_foreign
         self.tokens: dict[int, int] = {}
@@ -48,7 +58,8 @@ class Steerer:
         self._vectors: dict[str, TraitVectors] = {}
         self._handles: dict[int, RemovableHandle] = {}
         self._top: RemovableHandle | None = None
-        self._tables: dict[int, SiteTable] = {}
+        self._tables: dict[int, Table] = {}
+        self._running = False
         self._counts: dict[int, Tensor] = {}
         self._calls: dict[int, int] = {}
         self._offset = 0
@@ -84,7 +95,7 @@ class Steerer:
         if outside:
             raise SpecError(f"layer={outside[0]} is out of range: this model has blocks 0..{len(self.blocks) - 1}.")
         if layers and self._top is None:
-            self._top = self._stack.register_forward_pre_hook(self._before, with_kwargs=True)
+            self._top = self.stack.register_forward_pre_hook(self._before, with_kwargs=True)
         for layer in layers:
             self._handles[layer] = self.blocks[layer].register_forward_hook(self._hook(layer))
 
@@ -113,14 +124,30 @@ class Steerer:
             SpecError, VectorsError: see :meth:`compile`.
             RuntimeError: when a hook of a steered block did not fire, so that results would silently be the baseline's.
         """
-        if self._tables:
+        if self._running:
             raise RuntimeError("Steerer.batch() is already active; leave one batch before the next.")
         if len(rows) != len(layout.start):
             raise ValueError(f"rows has {len(rows)} specs, the layout {len(layout.start)} rows; give one spec (or None) a row.")
         compiled = [self.compile(spec) for spec in rows]
         layers = sorted({layer for row in compiled for layer in row.sites})
-        self._tables = {layer: SiteTable([row.sites.get(layer) for row in compiled], layout, self.d_model) for layer in layers}
-        self._calls, self._counts = {}, {}
+        tables: dict[int, Table] = {layer: SiteTable([row.sites.get(layer) for row in compiled], layout, self.d_model) for layer in layers}
+        with self.running(tables, layers):
+            yield
+
+    @contextmanager
+    def running(self, tables: dict[int, Table], layers: Sequence[int]) -> Iterator[None]:
+        """Let the hooks of the steered blocks apply ``tables``, which the caller may change between forward passes.
+
+        Args:
+            tables: by layer, what is done to the hidden states of the pass that comes next; a layer without an entry is left alone.
+            layers: the layers that have to be steered at least once inside the ``with`` block.
+
+        Raises:
+            RuntimeError: when a hook of one of ``layers`` did not fire, so that results would silently be the baseline's.
+        """
+        if self._running:
+            raise RuntimeError("Steerer.batch() is already active; leave one batch before the next.")
+        self._tables, self._running, self._calls, self._counts = tables, True, {}, {}
         try:
             yield
             silent = [layer for layer in layers if not self._calls.get(layer)]
@@ -131,7 +158,7 @@ class Steerer:
             for layer, count in self._counts.items():
                 self.tokens[layer] = self.tokens.get(layer, 0) + int(count)
         finally:
-            self._tables = {}
+            self._tables, self._running = {}, False
 
     def close(self) -> None:
         """Detach every hook."""

@@ -1,0 +1,334 @@
+"""Generation for a whole population: prompts once, rows that come and go, one step for all of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from steered_lm.engine.cache import EngineCache
+from steered_lm.engine.forward import Fork, Forward
+from steered_lm.engine.rows import Ended, Generated, GenerationRow
+from steered_lm.engine.sampling import Sampler
+from steered_lm.engine.sites import PassTable, SpecSites
+from steered_lm.engine.stops import Stops
+from steered_lm.steering.hooks import Table
+
+# Fewer common tokens than this are not worth a pass of their own.
+_PREFIX = 8
+# Columns that the cache may drift before its contents are moved back.
+_SLACK = 32
+
+
+class GenerationPlan(NamedTuple):
+    """How much runs at once.
+
+    Attributes:
+        rows: most rows in a step.
+        prompt_tokens: most tokens, rows times width, in a pass over prompts.
+        prefixes: whether the tokens that all prompts begin with run on their own.
+    """
+
+    rows: int
+    prompt_tokens: int
+    prefixes: bool = True
+
+
+@dataclass
+class GenerationCost:
+    """What a run took: seconds for prompts and for steps, tokens through the model for each, and the cache's bytes at most."""
+
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    prompt_passes: int = 0
+    steps: int = 0
+    row_steps: int = 0
+    cache_bytes: int = 0
+
+
+@dataclass
+class _Batch:
+    """The rows that are being generated; slot ``i`` of every tensor belongs to row ``rows[i]``."""
+
+    cache: EngineCache
+    mask: Int[Tensor, "slots columns"]
+    rows: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    feed: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    tables: dict[int, Table] = field(default_factory=dict)
+
+
+class _Prompts(NamedTuple):
+    """Prompts that have run: next-token scores a row, and where its keys and values are."""
+
+    logits: Float[Tensor, "rows vocab"]
+    cache: EngineCache
+    indices: list[Int[Tensor, " rows"]]
+    mask: Int[Tensor, "rows columns"]
+
+
+class Population:
+    """One run over rows that share prompts, specs, or nothing."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        sites: SpecSites,
+        tables: dict[int, Table],
+        rows: Sequence[GenerationRow],
+        numbers: Sequence[int],
+        plan: GenerationPlan,
+        stops: Stops,
+        done: Callable[[int, Generated], None],
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            forward: runs the model.
+            sites: the distinct specs of the run.
+            tables: what the steering hooks apply; changed here between passes.
+            rows: what to generate.
+            numbers: for each row, the number of its spec.
+            plan: how much runs at once.
+            stops: says when a row ends.
+            done: is told each row's continuation as soon as it is complete.
+        """
+        self._forward, self._sites, self._tables, self._plan = forward, sites, tables, plan
+        self._rows, self._stops, self._done = rows, stops, done
+        self._numbers = torch.tensor(numbers, dtype=torch.int64)
+        self._split = torch.tensor([len(row.tokens) - 1 for row in rows])
+        self._written: list[list[int]] = [[] for _ in rows]
+        self._blocks = len(forward.blocks)
+        self._widest = max(len(row.tokens) for row in rows)
+        self.cost = GenerationCost()
+
+    def run(self, vocabulary: int) -> None:
+        """Generate every row."""
+        rows, plan = self._rows, self._plan
+        sampler = Sampler(rows, vocabulary, self._forward.device)
+        # rows of one prompt stay together, so that it runs once for as many of them as fit; long ones first
+        waiting = sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), rows[i].tokens, self._sites.early[self._numbers[i]]), reverse=True)
+        slots = min(len(rows), plan.rows)
+        capacity = columns(rows, slots)
+        cache = EngineCache(self._blocks, capacity, rows=slots, end=self._widest)
+        batch = _Batch(cache, torch.zeros(slots, capacity, dtype=torch.int64, device=self._forward.device))
+        while waiting or batch.rows:
+            free = slots - len(batch.rows)
+            if waiting and (not batch.rows or free >= max(1, slots // 8)):
+                started = perf_counter()
+                self._refill(batch, [waiting.pop() for _ in range(min(free, len(waiting)))], sampler)
+                self.cost.prompt_seconds += perf_counter() - started
+            if batch.rows:
+                started = perf_counter()
+                self._step(batch, sampler)
+                self.cost.decode_seconds += perf_counter() - started
+
+    # -- prompts ------------------------------------------------------------------------------------------------------------------
+
+    def _refill(self, batch: _Batch, rows: list[int], sampler: Sampler) -> None:
+        if not batch.rows:
+            batch.cache.columns.low = batch.cache.columns.end = self._widest
+        for part in self._parts(rows):
+            prompts = self._prompts(part)
+            tokens, broken = sampler.choose(prompts.logits, part)
+            kept = [place for place, row in enumerate(part) if not self._append(row, tokens[place], broken[place])]
+            if kept:
+                self._admit(batch, prompts, part, kept, tokens)
+            self.cost.prompt_passes += 1
+            self.cost.cache_bytes = max(self.cost.cache_bytes, batch.cache.nbytes + prompts.cache.nbytes)
+        self._settle(batch, list(range(len(batch.rows))))
+
+    def _parts(self, rows: Sequence[int]) -> list[list[int]]:
+        """Split rows into passes: those whose prompts are steered apart from those that share theirs whole, none wider than the plan allows."""
+        parts: list[list[int]] = []
+        for early in (False, True):
+            part: list[int] = []
+            width, sequences = 0, set[tuple[int, ...]]()
+            for row in (row for row in rows if self._sites.early[self._numbers[row]] is early):
+                tokens = self._rows[row].tokens
+                size = (len(part) + 1 if early else len(sequences | {tokens})) * max(width, len(tokens))
+                if part and size > self._plan.prompt_tokens:
+                    parts.append(part)
+                    part, width, sequences = [], 0, set()
+                part.append(row)
+                width, sequences = max(width, len(tokens)), sequences | {tokens}
+            if part:
+                parts.append(part)
+        return parts
+
+    def _prompts(self, rows: Sequence[int]) -> _Prompts:
+        prompts = list(dict.fromkeys(self._rows[row].tokens for row in rows))
+        place = {tokens: i for i, tokens in enumerate(prompts)}
+        sequence = torch.tensor([place[self._rows[row].tokens] for row in rows])
+        prefix = _common(prompts) if self._plan.prefixes and len(prompts) > 1 else 0
+        prefix = prefix if prefix >= _PREFIX else 0
+        if len(prompts) < len(rows) and not self._sites.early[self._numbers[rows[0]]]:
+            return self._shared_prompts(rows, prompts, sequence, prefix)
+        return self._own_prompts(rows, prompts, sequence, prefix)
+
+    def _shared_prompts(self, rows: Sequence[int], prompts: list[tuple[int, ...]], sequence: Tensor, prefix: int) -> _Prompts:
+        """Nothing is steered before the last prompt token: all that precedes it runs once per prompt, through every block."""
+        ids, mask, positions = _padded([tokens[prefix:-1] for tokens in prompts], prefix, self._forward.device)
+        cache = EngineCache(self._blocks, prefix + ids.shape[1] + 1)
+        self._tables.clear()
+        if prefix:
+            self._run_prefix(prompts[0][:prefix], cache)
+            cache.select(torch.zeros(len(prompts), dtype=torch.int64), range(self._blocks))
+        if ids.shape[1]:
+            self._forward.last(ids, mask, positions, cache)
+        upper = range(self._sites.fork + 1, self._blocks)
+        if ids.shape[1] or prefix:
+            cache.select(sequence, upper)
+        last = torch.tensor([[tokens[-1]] for tokens in prompts], device=ids.device)
+        place = torch.tensor([[len(tokens) - 1] for tokens in prompts], device=ids.device)
+        mask = torch.cat([mask, torch.ones_like(last)], dim=1)
+        self._steer(rows, place[sequence])
+        logits = self._forward.last(last, mask, place, cache, Fork(self._sites.fork, sequence))
+        return _Prompts(logits, cache, self._indices(sequence), mask[sequence.to(mask.device)])
+
+    def _own_prompts(self, rows: Sequence[int], prompts: list[tuple[int, ...]], sequence: Tensor, prefix: int) -> _Prompts:
+        """Prompts are steered, or a row's alone: blocks up to the first steered one run once per prompt, the others once per row."""
+        ids, mask, positions = _padded([tokens[prefix:] for tokens in prompts], prefix, self._forward.device)
+        cache = EngineCache(self._blocks, prefix + ids.shape[1])
+        fork = Fork(self._sites.fork, sequence) if len(prompts) < len(rows) else None
+        first = torch.zeros(len(prompts), dtype=torch.int64)
+        if prefix and self._sites.early[self._numbers[rows[0]]]:
+            kinds, of_row = self._numbers[list(rows)].unique(return_inverse=True)
+            where = torch.arange(prefix).expand(len(kinds), prefix)
+            self._tables.clear()
+            self._tables.update(self._sites.tables(kinds, torch.full((len(kinds),), prefix), where))
+            self._run_prefix(prompts[0][:prefix], cache, Fork(self._sites.fork, torch.zeros_like(kinds)))
+            cache.select(first, range(self._sites.fork + 1))
+            cache.select(of_row, range(self._sites.fork + 1, self._blocks))
+        elif prefix:
+            self._tables.clear()
+            self._run_prefix(prompts[0][:prefix], cache)
+            cache.select(first, range(self._blocks))
+        real = mask[:, prefix:] > 0
+        self._steer(rows, torch.where(real, positions, -1)[sequence.to(real.device)])
+        logits = self._forward.last(ids, mask, positions, cache, fork)
+        return _Prompts(logits, cache, self._indices(sequence), mask[sequence.to(mask.device)])
+
+    def _run_prefix(self, tokens: tuple[int, ...], cache: EngineCache, fork: Fork | None = None) -> None:
+        ids = torch.tensor([tokens], device=self._forward.device)
+        self._forward.last(ids, torch.ones_like(ids), torch.arange(len(tokens), device=ids.device)[None], cache, fork)
+
+    def _indices(self, sequence: Tensor) -> list[Tensor]:
+        """Return for each block which row of the prompts' cache a row takes: its prompt's below the fork, its own above."""
+        own = torch.arange(len(sequence))
+        return [sequence if block <= self._sites.fork else own for block in range(self._blocks)]
+
+    def _steer(self, rows: Sequence[int], positions: Tensor) -> None:
+        chosen = torch.tensor(list(rows))
+        self._tables.clear()
+        self._tables.update(self._sites.tables(self._numbers[chosen], self._split[chosen], positions))
+
+    def _admit(self, batch: _Batch, prompts: _Prompts, part: Sequence[int], kept: Sequence[int], tokens: Sequence[int]) -> None:
+        chosen, first = torch.tensor(kept), len(batch.rows)
+        slots, width = slice(first, first + len(kept)), prompts.mask.shape[1]
+        end = batch.cache.columns.end
+        batch.cache.admit(prompts.cache, slots, [index[chosen] for index in prompts.indices])
+        batch.mask[slots] = 0
+        batch.mask[slots, end - width : end] = prompts.mask[chosen.to(prompts.mask.device)]
+        for place in kept:
+            row = part[place]
+            batch.rows.append(row)
+            batch.starts.append(end - width)
+            batch.feed.append(tokens[place])
+            batch.positions.append(len(self._rows[row].tokens))
+        batch.cache.columns.low = min(batch.starts)
+
+    # -- steps --------------------------------------------------------------------------------------------------------------------
+
+    def _step(self, batch: _Batch, sampler: Sampler) -> None:
+        cache, live = batch.cache, len(batch.rows)
+        if cache.columns.end == cache.columns.capacity:
+            self._rebase(batch)
+        low, end = cache.columns.low, cache.columns.end
+        batch.mask[:live, end] = 1
+        device = batch.mask.device
+        positions = torch.tensor(batch.positions, device=device)[:, None]
+        for table in batch.tables.values():
+            assert isinstance(table, PassTable)
+            table.positions = positions
+        self._tables.clear()
+        self._tables.update(batch.tables)
+        ids = torch.tensor(batch.feed, device=device)[:, None]
+        logits = self._forward.last(ids, batch.mask[:live, low : end + 1], positions, cache)
+        tokens, broken = sampler.choose(logits, batch.rows)
+        batch.feed = tokens
+        batch.positions = [position + 1 for position in batch.positions]
+        self.cost.steps += 1
+        self.cost.row_steps += live
+        kept = [slot for slot, row in enumerate(batch.rows) if not self._append(row, tokens[slot], broken[slot])]
+        if len(kept) < live:
+            self._settle(batch, kept)
+
+    def _settle(self, batch: _Batch, kept: list[int]) -> None:
+        """Keep the slots ``kept``: rows from the end move into the gaps, and the tables follow."""
+        count = len(kept)
+        order = list(range(count))
+        stay = set(kept)
+        gaps = [slot for slot in range(count) if slot not in stay]
+        movers = [slot for slot in kept if slot >= count]
+        for gap, mover in zip(gaps, movers, strict=True):
+            order[gap] = mover
+        batch.cache.move(movers, gaps)
+        if movers:
+            batch.mask[gaps] = batch.mask[movers]
+        batch.rows, batch.starts = [batch.rows[i] for i in order], [batch.starts[i] for i in order]
+        batch.feed, batch.positions = [batch.feed[i] for i in order], [batch.positions[i] for i in order]
+        if batch.rows:
+            batch.cache.columns.low = min(batch.starts)
+            chosen = torch.tensor(batch.rows)
+            batch.tables = self._sites.tables(self._numbers[chosen], self._split[chosen], torch.zeros(count, 1, dtype=torch.int64))
+
+    def _rebase(self, batch: _Batch) -> None:
+        columns, live = batch.cache.columns, len(batch.rows)
+        low, width = columns.low, columns.visible
+        end = max(width, self._widest)
+        assert end < columns.end, "the cache has no room for the next token"
+        held = batch.mask[:live, low : low + width].clone()
+        batch.cache.rebase(live, end)
+        batch.mask[:live] = 0
+        batch.mask[:live, end - width : end] = held
+        batch.starts = [start - low + end - width for start in batch.starts]
+
+    def _append(self, row: int, token: int, broken: bool) -> bool:
+        """Note a token and return whether its row has ended."""
+        written = self._written[row]
+        written.append(token)
+        ended: Ended | None = "nan" if broken else self._stops.ended(self._rows[row], written)
+        if ended is not None:
+            self._done(row, Generated(tuple(written), ended))
+        return ended is not None
+
+
+def columns(rows: Sequence[GenerationRow], slots: int) -> int:
+    """Return how many columns the cache of a run needs when ``slots`` rows run at once."""
+    widest, longest = max(len(row.tokens) for row in rows), max(row.max_new_tokens for row in rows)
+    return widest + longest + (_SLACK if len(rows) > slots else 0)
+
+
+def _padded(sequences: Sequence[Sequence[int]], prefix: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids ``[sequences, width]`` padded on the left, a mask that also covers ``prefix`` columns before them, and positions."""
+    width = max(map(len, sequences))
+    ids, positions = torch.zeros(len(sequences), width, dtype=torch.int64), torch.zeros(len(sequences), width, dtype=torch.int64)
+    mask = torch.ones(len(sequences), prefix + width, dtype=torch.int64)
+    for row, tokens in enumerate(sequences):
+        gap = width - len(tokens)
+        ids[row, gap:] = torch.tensor(tokens, dtype=torch.int64)
+        positions[row, gap:] = torch.arange(prefix, prefix + len(tokens))
+        mask[row, prefix : prefix + gap] = 0
+    return ids.to(device), mask.to(device), positions.to(device)
+
+
+def _common(sequences: Sequence[tuple[int, ...]]) -> int:
+    """Return how many tokens all sequences begin with, leaving each at least one more and the last one out."""
+    low, high = min(sequences), max(sequences)
+    limit = min(map(len, sequences)) - 1
+    return next((i for i in range(limit) if low[i] != high[i]), limit)
