@@ -31,7 +31,15 @@ app.add_typer(report_app, name="report")
 ModelName = Annotated[str, typer.Option("--model", help="Hub id, folder, or steered-lm/tiny-chat (the tiny model that ships with the package).")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:0, mps or cpu; by default what is there.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-BatchSize = Annotated[int, typer.Option(help="Rows in one batch.", min=1)]
+BatchSize = Annotated[str, typer.Option(help="Most rows at once; auto is as many as memory allows.")]
+
+
+class GemmName(StrEnum):
+    """Libraries of the engine's float32 linear layers on a CPU."""
+
+    auto = "auto"
+    torch = "torch"
+    onednn = "onednn"
 
 
 class PromptFormatName(StrEnum):
@@ -46,8 +54,10 @@ PromptFormatOption = Annotated[
 ]
 
 
-def _model(model: str, device: str | None, dtype: str, batch_size: int, prompt_format: PromptFormatName) -> ModelConfig:
-    return ModelConfig(model=model, device=device, dtype=dtype, batch_size=batch_size, prompt_format=prompt_format.value)
+def _model(model: str, device: str | None, dtype: str, batch_size: str, prompt_format: PromptFormatName) -> ModelConfig:
+    rows = int(batch_size) if batch_size.isdigit() else batch_size
+    settings = {"model": model, "device": device, "dtype": dtype, "batch_size": rows, "prompt_format": prompt_format.value}
+    return ModelConfig.parse(settings, source="--batch-size")
 
 
 @app.callback()
@@ -80,7 +90,7 @@ def vectors_build(
     allow_chance: Annotated[bool, typer.Option(help="Keep directions that separate held-out pairs no better than chance.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = "auto",
     prompt_format: PromptFormatOption = PromptFormatName.chat,
     seed: Annotated[int, typer.Option(help="Which pairs are drawn.")] = 0,
 ) -> None:
@@ -196,7 +206,10 @@ def optimize(
     seed: Annotated[int, typer.Option(help="The optimiser's seed.")] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = "auto",
+    memory_budget: Annotated[str | None, typer.Option(help="Memory for the engine beside the weights, such as 4GiB.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Take lm-eval's own code path in place of the engine: slower, for comparisons.")] = False,
+    gemm: Annotated[GemmName, typer.Option(help="Library of float32 linear layers on a CPU.")] = GemmName.auto,
     prompt_format: PromptFormatOption = PromptFormatName.chat,
 ) -> None:
     """Search the trait weights that make a model's responses fit a persona, with the harness as the fitness function."""
@@ -208,7 +221,9 @@ def optimize(
     }
     settings |= {
         "judge_options": {} if judge_base_url is None else {"base_url": judge_base_url},
-        "model": _model(model, device, dtype, batch_size, prompt_format),
+        "model": _model(model, device, dtype, batch_size, prompt_format).model_copy(
+            update={"memory_budget": memory_budget, "exact": exact, "gemm": gemm.value}
+        ),
     }
     study = Study(StudyConfig.parse(settings, source="optimize"))
     options = {k: v for k, v in {"population": population, "sigma0": sigma0}.items() if v is not None}

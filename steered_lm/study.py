@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -26,13 +26,24 @@ logger = logging.getLogger(__name__)
 
 
 class ModelConfig(Config):
-    """Which model, and how it is run."""
+    """Which model, and how it is run.
+
+    Attributes:
+        model: hub id, folder, or the shipped tiny model.
+        batch_size: most rows at once; ``auto`` is as many as the memory budget allows.
+        memory_budget: what the engine may use beside the weights, such as ``4GiB``; None is a share of what is free.
+        exact: the reference path in place of the engine.
+        gemm: library of float32 linear layers on a CPU: ``auto``, ``torch`` or ``onednn``.
+    """
 
     model: str = TINY_CHAT
     device: str | None = None
     dtype: str = "auto"
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     prompt_format: PromptFormat = "chat"
+    memory_budget: str | None = None
+    exact: bool = False
+    gemm: Literal["auto", "torch", "onednn"] = "auto"
 
 
 class StudyConfig(Config):
@@ -158,16 +169,28 @@ class Study:
             missing_limit=config.missing_limit,
             splits={split: content_hash([item.item for item in persona.items(split)]) for split in ("tune", "validate", "test")},
             versions=installed_versions("steered-lm", "torch", "transformers", "lm-eval", "cma", "scikit-learn", "numpy"),
-            extra={"max_new_tokens": config.max_new_tokens, "prompt_format": config.model.prompt_format, "dtype": config.model.dtype},
+            extra={
+                "max_new_tokens": config.max_new_tokens,
+                "prompt_format": config.model.prompt_format,
+                "dtype": config.model.dtype,
+                **_numerics(config.model),
+            },
         )
         return optimize(self.objective, self.template, settings, out=out, progress=progress)
+
+
+def _numerics(config: ModelConfig) -> dict[str, Any]:
+    """Return what decides the last bits of a result: runs that differ in it are different runs."""
+    from steered_lm.engine.gemm import uses_onednn
+
+    return {"exact": config.exact, "onednn": uses_onednn(config.gemm) and not config.exact}
 
 
 def load_lm(config: ModelConfig, **more: Any) -> "SteeredHFLM":
     """Return the harness's model type for a hub id, a folder or the shipped tiny model."""
     from steered_lm.harness.model import SteeredHFLM
 
-    options: dict[str, Any] = {"batch_size": config.batch_size, "dtype": config.dtype, "prompt_format": config.prompt_format, **more}
+    options: dict[str, Any] = {**config.model_dump(exclude={"model", "device"}), **more}
     if config.device is not None:
         options["device"] = config.device
     return SteeredHFLM(pretrained=resolve_model(config.model), **options)
@@ -224,7 +247,8 @@ def build(
     sets = load_pair_lists(pairs_file) if pairs_file is not None else [load_contrast_set(t) for t in traits]
     if pairs_file is not None and traits:
         sets = [s for s in sets if s.trait in traits]
-    options = ExtractConfig.parse({**settings, "prompt_format": config.prompt_format, "batch_size": config.batch_size}, source="vectors build")
+    rows = {} if config.batch_size == "auto" else {"batch_size": config.batch_size}
+    options = ExtractConfig.parse({**settings, "prompt_format": config.prompt_format, **rows}, source="vectors build")
     model, tokenizer = load_model(config)
     chosen = parse_layers(layers, layer_count(model))
     vectors = build_vectors(model, tokenizer, sets, chosen, options, model_id=config.model, cache=cache, progress=progress)

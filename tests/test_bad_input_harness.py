@@ -147,7 +147,7 @@ def test_a_population_needs_our_model_type_a_fixed_batch_size_and_candidates(fol
     with pytest.raises(ModelError, match="lm is a HFLM"):
         HarnessObjective(HFLM(str(folder), device="cpu"), persona, LengthJudge())
     with pytest.raises(ModelError, match="batch_size='auto'"):
-        HarnessObjective(SteeredHFLM(str(folder), device="cpu", batch_size="auto"), persona, LengthJudge())
+        HarnessObjective(SteeredHFLM(str(folder), device="cpu", batch_size="auto", exact=True), persona, LengthJudge())
     with pytest.raises(RunError, match="candidates is empty"):
         HarnessObjective(lm, persona, LengthJudge())([], split="tune")
     with pytest.raises(RunError, match="two candidates are named 'unsteered'"):

@@ -1,5 +1,8 @@
 import asyncio
+import gc
+import json
 import logging
+import weakref
 from pathlib import Path
 
 import anyio
@@ -12,9 +15,11 @@ from inspect_ai.tool import ToolInfo
 from tiny_models import vectors_for
 
 import steered_lm.inspect_plugin.registry  # noqa: F401 - registers steered-hf, as the entry point does
+from steered_lm.engine import GenerationRow, Sampling
+from steered_lm.engine.sampling import Sampler
 from steered_lm.errors import ModelError, SpecError, UserError, VectorsError
 from steered_lm.inspect_plugin.batcher import Batcher
-from steered_lm.inspect_plugin.generation import Row, RowSampler
+from steered_lm.inspect_plugin.generation import Replier
 from steered_lm.inspect_plugin.provider import SteeredHFAPI
 from steered_lm.inspect_plugin.refusal import RefusalError
 from steered_lm.steering.hooks import steer
@@ -37,6 +42,8 @@ def specs(folder, tmp_path_factory) -> dict[str, Path]:
         "formal": {"weights": {"formality": 1.0}, "layers": (1,), "alpha": 3.0},
         "warm": {"weights": {"emotional_tone": -2.0}, "layers": (0, 2), "alpha": 2.0, "positions": "all"},
         "ablated": {"weights": {"formality": 1.0}, "layers": (2,), "operation": "ablate"},
+        # each addition is finite, their sum is not
+        "wild": {"weights": {"formality": 2.0}, "layers": (0, 1, 2), "alpha": 3e38},
     }
     return {name: SteeringSpec(vectors=vectors, unit="raw", **given).save(where / f"{name}.yaml") for name, given in settings.items()}
 
@@ -98,6 +105,11 @@ def test_the_inline_form_equals_the_spec_file(folder, specs):
     assert text(api, PROMPTS[1]) == by_hand(folder, PROMPTS[1], specs["formal"])
 
 
+def batch_sizes(caplog):
+    """How many rows each batch had, from the log."""
+    return [record.args[0] for record in caplog.records if record.name == "steered_lm.inspect_plugin.generation"]
+
+
 def mixed_requests(specs):
     settings = [
         {},
@@ -112,20 +124,155 @@ def mixed_requests(specs):
 
 def test_mixed_specs_and_settings_share_a_batch_and_give_what_one_by_one_gives(folder, specs, caplog):
     api = SteeredHFAPI(str(folder), steering=str(specs["formal"]))
-    with caplog.at_level(logging.DEBUG, "steered_lm.inspect_plugin.provider"):
+    with caplog.at_level(logging.DEBUG, "steered_lm.inspect_plugin.generation"):
         together = ask(api, *mixed_requests(specs))
-    assert [record.args for record in caplog.records] == [(14,)]
+    assert batch_sizes(caplog) == [14]
     alone = [ask(api, r)[0] for r in mixed_requests(specs)]
     facts = [[[(c.message.text, c.stop_reason) for c in o.choices], o.usage] for o in together]
     assert facts == [[[(c.message.text, c.stop_reason) for c in o.choices], o.usage] for o in alone]
     assert len({o.completion for o in together}) > 8
 
 
+def tokens_of(outputs_of):
+    """The tokens of every choice that is made while ``outputs_of`` runs, in the order of the requests."""
+    found, reply = [], Replier._reply
+
+    def noted(self, generated, request):
+        found.append((request.rows[0].tokens, generated))
+        return reply(self, generated, request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Replier, "_reply", noted)
+        assert not [output for output in outputs_of() if isinstance(output, Exception)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_by_one(folder, specs):
+    """The tokens of the mixed requests, each by itself on the reference path."""
+    api = SteeredHFAPI(str(folder), steering=str(specs["formal"]), exact=True)
+    return tokens_of(lambda: [ask(api, one)[0] for one in mixed_requests(specs)])
+
+
+@pytest.mark.parametrize("options", [{}, {"gemm": "torch"}, {"gemm": "onednn"}, {"batch_size": 3}, {"memory_budget": "150KiB"}, {"exact": True}])
+def test_concurrent_requests_have_the_tokens_of_the_same_requests_one_by_one(folder, specs, one_by_one, options):
+    api = SteeredHFAPI(str(folder), steering=str(specs["formal"]), **options)
+    assert tokens_of(lambda: ask(api, *mixed_requests(specs))) == one_by_one
+    assert len(one_by_one) == 14
+
+
+def test_concurrent_requests_share_the_steps_of_a_batch(folder, specs):
+    requests = [request(prompt, max_tokens=12, extra_body={"steering": str(specs[name])}) for prompt in PROMPTS for name in ("formal", "warm")]
+    together, alone = SteeredHFAPI(str(folder)), SteeredHFAPI(str(folder))
+    ask(together, *requests)
+    for one in requests:
+        ask(alone, one)
+    # the first of the 12 tokens comes from the prompt
+    assert together.engine.report.steps == 11
+    assert alone.engine.report.steps == 11 * len(requests)
+    assert together.engine.report.row_steps == alone.engine.report.row_steps
+    assert together.engine.report.prompt_passes < alone.engine.report.prompt_passes
+
+
+def test_greedy_requests_that_are_alike_are_generated_once(folder):
+    api = SteeredHFAPI(str(folder))
+    # as the epochs of an evaluation are: without a seed each draws one of its own
+    replies = [output.completion for output in ask(api, *[request("dog", max_tokens=5)] * 4)]
+    assert api.engine.report.row_steps == 4
+    assert replies == [replies[0]] * 4
+
+
+def test_all_requests_that_wait_share_a_batch_by_default(folder, caplog):
+    api = SteeredHFAPI(str(folder))
+    assert api.max_connections() == 64
+    with caplog.at_level(logging.DEBUG, "steered_lm.inspect_plugin.generation"):
+        ask(api, *(request(f"{prompt} {number}", max_tokens=1) for prompt in PROMPTS for number in range(15)))
+    assert batch_sizes(caplog) == [90]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_request_whose_scores_are_nan_fails_by_itself(folder, specs, exact):
+    api = SteeredHFAPI(str(folder), exact=exact)
+    wild = request("fox", extra_body={"steering": str(specs["wild"])})
+    good, failed, also_good = ask(api, request("dog"), wild, request("fox", extra_body={"steering": str(specs["warm"])}))
+    assert isinstance(failed, RefusalError)
+    assert isinstance(failed.__cause__, ModelError)
+    assert str(failed).startswith("the steered model gave NaN next-token scores")
+    assert "Use a smaller alpha, or dtype=float32." in str(failed)
+    assert good.completion == by_hand(folder, "dog")
+    assert also_good.completion == by_hand(folder, "fox", specs["warm"])
+
+
+def test_nan_without_steering_is_not_blamed_on_it(folder):
+    api = SteeredHFAPI(str(folder))
+    with torch.no_grad():
+        api.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(RefusalError, match="gave NaN next-token scores without any steering.*check the checkpoint"):
+        text(api, "dog")
+
+
+def test_a_request_that_does_not_fit_the_memory_budget_fails_by_itself(folder, plain):
+    api = SteeredHFAPI(str(folder), memory_budget="80KiB")
+    first, failed, last = ask(api, request("dog"), request("dog " * 100), request("fox"))
+    assert isinstance(failed, RefusalError)
+    assert "Raise memory_budget" in str(failed)
+    assert (first.completion, last.completion) == (text(plain, "dog"), text(plain, "fox"))
+
+
+def test_exact_replies_come_from_the_models_own_generate_and_equal_the_engines(folder, specs, plain):
+    api = SteeredHFAPI(str(folder), exact=True)
+    called = []
+    api.model.generate = lambda generate=api.model.generate, **kwargs: called.append(kwargs["input_ids"].shape[0]) or generate(**kwargs)
+    outputs = ask(api, *(request(prompt) for prompt in PROMPTS))
+    assert called == [1] * len(PROMPTS)
+    assert api.engine.report.steps == 0
+    assert [output.completion for output in outputs] == [by_hand(folder, prompt) for prompt in PROMPTS]
+    assert [output.completion for output in outputs] == [output.completion for output in ask(plain, *(request(prompt) for prompt in PROMPTS))]
+
+
+def with_defaults(where, **settings):
+    """A model whose generation config has ``settings``."""
+    folder = save_chat_model(where)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    return folder
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_checkpoints_repetition_penalty_applies_whatever_the_neighbours(tmp_path, plain, caplog, exact):
+    folder = with_defaults(tmp_path, repetition_penalty=1.4, max_length=9, min_p=0.5)
+    api = SteeredHFAPI(str(folder), exact=exact)
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    expected = []
+    for prompt in PROMPTS:
+        ids = api.tokenizer(f"<s><|user|>{prompt}<|end|><|assistant|>", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, temperature=1.0, top_p=1.0, min_p=None)
+        expected.append(api.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    assert [output.completion for output in ask(api, *(request(prompt) for prompt in PROMPTS))] == expected
+    assert expected != [text(plain, prompt) for prompt in PROMPTS]
+    assert not [record for record in caplog.records if "does not apply" in record.getMessage()]
+
+
+def test_other_defaults_of_the_checkpoint_are_named_once_and_apply_to_exact_replies_alone(tmp_path, plain, caplog):
+    whole = text(plain, "dog")
+    banned = plain.tokenizer(whole, add_special_tokens=False)["input_ids"][:1]
+    folder = with_defaults(tmp_path, suppress_tokens=banned, no_repeat_ngram_size=0, min_new_tokens=3)
+    with caplog.at_level(logging.WARNING, "steered_lm.inspect_plugin.generation"):
+        api = SteeredHFAPI(str(folder))
+        assert [text(api, "dog"), text(api, "dog")] == [whole, whole]
+    (record,) = (record.getMessage() for record in caplog.records if record.name == "steered_lm.inspect_plugin.generation")
+    assert f"generation config has min_new_tokens=3, suppress_tokens={banned}, which steered-hf does not apply. exact=true applies some" in record
+    caplog.clear()
+    assert text(SteeredHFAPI(str(folder), exact=True), "dog") != whole
+    (record,) = (record.getMessage() for record in caplog.records if "does not apply" in record.getMessage())
+    assert record == "the model's generation config has min_new_tokens=3, which steered-hf does not apply."
+
+
 def test_batches_keep_to_the_batch_size(folder, caplog):
     api = SteeredHFAPI(str(folder), batch_size=4)
-    with caplog.at_level(logging.DEBUG, "steered_lm.inspect_plugin.provider"):
+    with caplog.at_level(logging.DEBUG, "steered_lm.inspect_plugin.generation"):
         ask(api, *(request(prompt, max_tokens=2) for prompt in PROMPTS))
-    assert [record.args for record in caplog.records] == [(4,), (2,)]
+    assert batch_sizes(caplog) == [4, 2]
     assert api.max_connections() == 4
 
 
@@ -150,8 +297,9 @@ def test_sampling_follows_its_seed_and_leaves_the_global_generator_alone(plain):
 def test_draws_follow_temperature_top_k_and_top_p():
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
     for settings, kept in (({"temperature": 2.0}, 5), ({"temperature": 2.0, "top_k": 3}, 3), ({"temperature": 2.0, "top_p": 0.6}, 2)):
-        rows = [Row((1,), None, (1, "max_tokens"), seed=seed, **settings) for seed in range(4000)]
-        drawn = RowSampler(rows)(torch.zeros(4000, 1), logits.repeat(4000, 1)).argmax(dim=1).bincount(minlength=5) / 4000
+        rows = [GenerationRow((1,), 1, sampling=Sampling(seed=seed, **settings)) for seed in range(4000)]
+        tokens, _ = Sampler(rows, 5, logits.device).choose(logits.repeat(4000, 1), range(4000))
+        drawn = torch.tensor(tokens).bincount(minlength=5) / 4000
         wanted = (logits / 2.0).softmax(0) * torch.tensor([1.0] * kept + [0.0] * (5 - kept))
         wanted = wanted / wanted.sum()
         assert ((drawn - wanted).abs() <= 4 * (wanted * (1 - wanted) / 4000).sqrt()).all()
@@ -199,6 +347,8 @@ def test_a_model_without_a_chat_template_is_refused_unless_the_plain_format_or_a
     file.write_text("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
     from_file, inline = (SteeredHFAPI(str(bare), chat_template=value) for value in (str(file), file.read_text()))
     assert text(from_file, PROMPTS[0]) == text(inline, PROMPTS[0])
+    with pytest.raises(RefusalError, match="renders to an empty prompt"):
+        text(SteeredHFAPI(str(bare), chat_template="{% if messages is none %}{% endif %}"), PROMPTS[0])
 
 
 @pytest.mark.parametrize(
@@ -241,7 +391,12 @@ def test_a_bad_spec_fails_its_own_request_and_no_other_of_the_batch(plain, specs
         ({"base_url": "http://localhost"}, ModelError, "steered-hf runs the model itself"),
         ({"steering": "nowhere.yaml"}, SpecError, "'nowhere.yaml' does not exist"),
         ({"layer": 1, "weights": "formality:1"}, SpecError, "inline steering lacks vectors"),
-        ({"batch_size": 0}, ModelError, "batch_size=0"),
+        ({"batch_size": 0}, ModelError, "batch_size=0 is not a number of rows. Allowed: 1 or more, or auto."),
+        ({"batch_size": "many"}, ModelError, "batch_size='many' is not a number of rows"),
+        ({"memory_budget": "4 apples"}, ModelError, "memory_budget='4 apples' is not a size. Allowed: a positive number of GiB"),
+        ({"memory_budget": -1}, ModelError, "memory_budget=-1 is not a size"),
+        ({"gemm": "mkl"}, ModelError, "gemm: Input should be 'auto', 'torch' or 'onednn' \\(got 'mkl'\\)"),
+        ({"exact": "maybe"}, ModelError, "exact: Input should be a valid boolean.*got 'maybe'"),
         ({"dtype": "float8"}, ModelError, "dtype='float8' is not known"),
         ({"chat_template": "none.jinja"}, ModelError, "neither a Jinja template nor a file"),
         ({"tokenizer": "/no/such/folder"}, ModelError, "no tokenizer can be loaded"),
@@ -292,14 +447,19 @@ def test_inspects_output_cache_tells_specs_apart(folder, specs, plain, monkeypat
     assert asyncio.run(replies()) == [by_hand(folder, "dog", specs[name], new=8) for name in ("formal", "warm")]
 
 
-def test_closing_detaches_every_hook(folder, specs):
+def test_closing_detaches_every_hook_and_lets_go_of_the_model(folder, specs):
     api = SteeredHFAPI(str(folder), steering=str(specs["warm"]))
     model = api.model
+    text(api, "dog")
     assert any(module._forward_hooks for module in model.modules())
     api.close()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with pytest.raises(RefusalError, match="was closed"):
         text(api, "dog")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_requests_that_wait_while_a_batch_runs_form_the_next_one():

@@ -1,14 +1,19 @@
 import random
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from tiny_harness import LengthJudge, save_model, save_vectors, spec_of
 
+from steered_lm.errors import JudgeError
 from steered_lm.harness.chat_task import load_tasks
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.harness.population import HarnessObjective, evaluate_choices
 from steered_lm.judges.base import JudgeRequest
+from steered_lm.judges.cache import CachedJudge, JudgeCache
+from steered_lm.judges.stream import is_remote
 from steered_lm.persona.load import load_persona
 from steered_lm.search.protocol import Candidate
 
@@ -99,8 +104,73 @@ def test_a_generation_prints_nothing_and_says_where_its_time_went(objective, can
     objective(candidates, split="tune")
     assert capsys.readouterr() == ("", "")
     timing = objective.history[-1]
-    assert timing.total >= timing.model > 0
+    assert timing.prompt > 0 and timing.decode > 0 and timing.judge >= 0
+    assert timing.total == pytest.approx(timing.prompt + timing.decode + timing.judge + timing.overhead)
     assert 0 <= timing.overhead < 0.5
+    assert timing.judge_hidden == 0
+    assert set(objective.timings) == {"prompt", "decode", "judge", "overhead", "judge_hidden"}
+
+
+class RemoteJudge(LengthJudge):
+    """The same verdicts, but each call waits as one over a network does."""
+
+    remote = True
+
+    def judge(self, requests):
+        assert threading.current_thread() is not threading.main_thread()
+        time.sleep(0.05)
+        return super().judge(requests)
+
+
+def test_a_judge_that_waits_works_while_the_model_writes_and_changes_no_score(folder, persona, candidates):
+    small = SteeredHFLM(str(folder), device="cpu", batch_size=8)
+    remote, local = RemoteJudge(), LengthJudge()
+    found = HarnessObjective(small, persona, remote, max_new_tokens=40)
+    assert found(candidates, split="tune") == HarnessObjective(small, persona, local, max_new_tokens=40)(candidates, split="tune")
+    assert len(local.calls) == 1 < len(remote.calls)
+    assert sorted(r.response for call in remote.calls for r in call) == sorted(r.response for r in local.calls[0])
+    timing = found.history[-1]
+    assert timing.judge_hidden > 0.05
+    assert timing.total == pytest.approx(timing.prompt + timing.decode + timing.judge + timing.overhead)
+    assert small.answered is None
+
+
+def test_what_a_remote_judge_raises_reaches_the_caller(folder, persona, candidates):
+    class BrokenJudge(RemoteJudge):
+        def judge(self, requests):
+            raise JudgeError("the endpoint refused the key")
+
+    objective = HarnessObjective(SteeredHFLM(str(folder), device="cpu", batch_size="auto"), persona, BrokenJudge(), max_new_tokens=10)
+    with pytest.raises(JudgeError, match="refused the key"):
+        objective(candidates, split="tune")
+
+
+def test_a_cached_remote_judge_is_remote(tmp_path):
+    cache = JudgeCache(tmp_path / "cache.sqlite")
+    assert is_remote(CachedJudge(RemoteJudge(), cache))
+    assert not is_remote(CachedJudge(LengthJudge(), cache))
+
+
+def test_the_reference_path_gives_the_same_scores(folder, persona, candidates):
+    by_engine, by_reference = (
+        HarnessObjective(SteeredHFLM(str(folder), device="cpu", batch_size=8, exact=exact), persona, LengthJudge(), max_new_tokens=10)
+        for exact in (False, True)
+    )
+    assert by_engine(candidates, split="tune") == by_reference(candidates, split="tune")
+    assert by_reference.timings["decode"] > 0 == by_reference.timings["prompt"]
+
+
+def test_sampled_responses_depend_on_seed_and_candidate_not_on_the_batch(folder, persona, candidates):
+    def sampled(batch_size, seed, chosen=candidates):
+        lm = SteeredHFLM(str(folder), device="cpu", batch_size=batch_size)
+        return HarnessObjective(lm, persona, LengthJudge(), max_new_tokens=10, temperature=1.0, seed=seed)(chosen, split="tune")
+
+    found = sampled("auto", 3)
+    assert found == sampled(7, 3)
+    assert found[1:2] == sampled("auto", 3, candidates[1:2])
+    assert found != sampled("auto", 4)
+    # a system against itself is not the same text twice
+    assert texts(found[3]) != texts(found[4])
 
 
 def test_missing_verdicts_stay_missing_in_the_score(lm, persona, candidates):

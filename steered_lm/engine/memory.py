@@ -1,5 +1,7 @@
 """How many rows fit: the cache's size is computed before anything runs, and the batch is cut to a budget."""
 
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,8 @@ from steered_lm.errors import ModelError
 _CUDA_SHARE, _CPU_SHARE = 0.85, 0.5
 # More rows or tokens at once gain nothing any more; smaller passes stay in the processor's caches.
 _ROWS, _PROMPT_TOKENS, _SCORE_TOKENS = 1024, 8192, 4096
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Footprint(NamedTuple):
@@ -132,3 +136,23 @@ def fit_scoring(contexts: Sequence[Context], footprint: Footprint, budget: int, 
 def mebibytes(size: float) -> str:
     """Return a size in words."""
     return f"{size / 2**20:,.0f} MiB"
+
+
+def parse_size(size: str | float | None, argument: str = "memory_budget") -> int | None:
+    """Return a size in bytes: a number means GiB, text has a unit, such as ``4GiB`` or ``500MB``; None stays None.
+
+    Raises:
+        ModelError: when it is neither, or not positive.
+    """
+    if size is None:
+        return None
+    parts = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
+    try:
+        value = float(parts[1]) * _UNITS[parts[2] or "GiB"] if parts else math.nan
+    except (ValueError, KeyError):
+        value = math.nan
+    if not 1 <= value < math.inf:
+        raise ModelError(
+            f"{argument}={size!r} is not a size. Allowed: a positive number of GiB, or one with a unit out of {', '.join(_UNITS)}: 4GiB."
+        )
+    return int(value)

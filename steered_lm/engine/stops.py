@@ -30,7 +30,8 @@ class Stops:
         if row.stop:
             if row.stop not in self._tails:
                 self._tails[row.stop] = max(len(stop.encode()) for stop in row.stop) + 4
-            text = decode(self._tokenizer, tokens[-self._tails[row.stop] :])
+            # special tokens count here: a stop string may be one
+            text = self._tokenizer.decode(tokens[-self._tails[row.stop] :], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             if any(stop in text for stop in row.stop):
                 return "stop"
         return "length" if len(tokens) >= row.max_new_tokens else None

@@ -2,29 +2,31 @@
 
 import inspect
 import logging
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import lru_cache
 from time import perf_counter
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Float, Int
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor
-from transformers import LogitsProcessorList
+from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
-from steered_lm.chat import Message, PromptFormat, render_chat
+from steered_lm.chat import PromptFormat
 from steered_lm.content import resolve_model
+from steered_lm.engine import Engine, Generated, Scored, ScoreRequest
+from steered_lm.engine.gemm import Gemm
+from steered_lm.engine.memory import parse_size
 from steered_lm.errors import ModelError, near_misses
+from steered_lm.harness.generation import Settings, end_ids, group_requests, row_seeds
+from steered_lm.harness.reference import ReferenceHFLM, refuse_nan
 from steered_lm.harness.requests import MODEL, candidate_name, chat_messages, own_spec
-from steered_lm.harness.rows import FiniteScores, Row, Scored, ScoredRow, in_order, mergeable, pad
-from steered_lm.steering.compile import Layout
+from steered_lm.harness.rows import Row, TokenRequest
 from steered_lm.steering.hooks import Steerer
 from steered_lm.steering.spec import spec_from_args
 
@@ -32,17 +34,17 @@ logger = logging.getLogger(__name__)
 
 
 @register_model("steered-hf")
-class SteeredHFLM(HFLM):
+class SteeredHFLM(ReferenceHFLM):
     """The ``hf`` model type, steered. Requests may carry their own spec (``harness.requests``); all others get the model's.
 
     Attributes:
-        spec: the spec of every request that brings none of its own; None is the unsteered model.
-        steerer: the hooks; ``steerer.tokens`` says how many tokens each steered block's hook has changed.
-        quiet: whether progress bars are left out.
         seconds: time spent answering requests.
+        exact: whether the reference path is taken in place of the engine.
+        engine: what runs the requests; its ``report`` says how long what took, and how much memory.
+        answered: is told each generation request and its text as soon as it is complete, before the others are (not on the reference path).
     """
 
-    logits_cache: bool
+    softmax_dtype: torch.dtype | None
 
     def __init__(
         self,
@@ -60,6 +62,9 @@ class SteeredHFLM(HFLM):
         blocks: str | None = None,
         allow_foreign_vectors: bool = False,
         prompt_format: PromptFormat = "chat",
+        exact: bool = False,
+        memory_budget: str | float | None = None,
+        gemm: Gemm = "auto",
         device: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -79,8 +84,13 @@ class SteeredHFLM(HFLM):
             blocks: dotted path of the decoder blocks when their structure misleads.
             allow_foreign_vectors: take vectors that were built on another model of the same shape.
             prompt_format: how chat-marked requests are rendered: ``chat`` (the model's template) or ``plain`` (for base models).
+            exact: take the reference path, lm-eval's own ``generate_until`` and ``loglikelihood`` with steering hooks: slower, and at weight zero
+                equal to ``hf`` to the bit. Otherwise the engine runs (``steered_lm.engine``).
+            memory_budget: what the engine may use beside the weights: GiB as a number, or text such as ``500MiB``; a share
+                of what is free when left out.
+            gemm: library of the engine's float32 linear layers on a CPU: ``auto`` (oneDNN where MKL is slow), ``torch`` or ``onednn``.
             device: ``cuda`` where there is one, else ``cpu``, when left out.
-            kwargs: everything that lm-eval's ``hf`` takes.
+            kwargs: everything that lm-eval's ``hf`` takes. ``batch_size`` is the most rows that run at once, ``auto`` as many as fit.
 
         Raises:
             ModelError: for an unknown ``prompt_format``, an argument that looks like a misspelt one of ours, an encoder-decoder.
@@ -88,24 +98,33 @@ class SteeredHFLM(HFLM):
         """
         if prompt_format not in get_args(PromptFormat):
             raise ModelError(f"prompt_format={prompt_format!r} is not known. {near_misses(str(prompt_format), get_args(PromptFormat))}")
+        if gemm not in get_args(Gemm):
+            raise ModelError(f"gemm={gemm!r} is not known. {near_misses(str(gemm), get_args(Gemm))}")
+        budget = parse_size(memory_budget)
         _refuse_misspelt(kwargs)
         inline = {"vectors": vectors, "layer": layer, "layers": layers, "weights": weights}
-        self.spec = spec_from_args(steering, {**inline, "alpha": alpha, "unit": unit, "positions": positions, "operation": operation})
-        self.prompt_format = prompt_format
-        self.quiet = False
+        spec = spec_from_args(steering, {**inline, "alpha": alpha, "unit": unit, "positions": positions, "operation": operation})
+        self.exact = exact
         self.seconds = 0.0
-        self._rows: list[Row] | None = None
-        self._queue: deque[ScoredRow] | None = None
-        self._window_row: Row | None = None
+        self.answered: Callable[[Instance, str], None] | None = None
+        self._said: set[str] = set()
         if isinstance(pretrained, str):
             pretrained = resolve_model(pretrained)
             if not torch.cuda.is_available() and str(device or "cuda").startswith("cuda"):
                 device = "cpu"  # the command line asks for cuda:0 when it is told nothing
             device = device or "cuda"
-        super().__init__(pretrained, device=device, **kwargs)
-        self._render = lru_cache(maxsize=8192)(self._render_once)
+        super().__init__(pretrained, spec=spec, prompt_format=prompt_format, device=device, **kwargs)
         self.steerer = Steerer(self.model, blocks=blocks, allow_foreign=allow_foreign_vectors)
         self.steerer.compile(self.spec)
+        self.engine = Engine(
+            self.steerer,
+            self.tokenizer,
+            end_ids=end_ids(self.model.generation_config, self.eot_token_id),
+            max_rows=None if self.batch_size == "auto" else int(self.batch_size),
+            memory_budget=budget,
+            gemm=gemm,
+            softmax_dtype=self.softmax_dtype,
+        )
 
     def _get_backend(self, *args: Any, **kwargs: Any) -> None:
         super()._get_backend(*args, **kwargs)
@@ -128,7 +147,8 @@ class SteeredHFLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what goes into the results file: lm-eval's facts, the spec, and how many tokens each block's hook has changed."""
-        facts = {"prompt_format": self.prompt_format, "steered_tokens": dict(self.steerer.tokens)}
+        facts: dict[str, Any] = {"prompt_format": self.prompt_format, "steered_tokens": dict(self.steerer.tokens), "exact": self.exact}
+        facts["engine"] = None if self.exact else self.engine.report.facts()
         spec = None if self.spec is None else {"digest": self.spec.digest, **self.spec.model_dump(mode="json")}
         return {**super().get_model_info(), "steering": spec, **facts}
 
@@ -137,7 +157,57 @@ class SteeredHFLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return one continuation a request, each steered by its own spec or the model's."""
         with self._answering(requests):
-            return list(super().generate_until(requests, disable_tqdm=disable_tqdm or self.quiet))
+            if self._by_reference():
+                return list(super().generate_until(requests, disable_tqdm=disable_tqdm or self.quiet))
+            groups = group_requests(requests, self.max_gen_toks, self.model.generation_config)
+            odd = [number for number, settings in enumerate(groups) if isinstance(settings, str)]
+            found: dict[int, str] = {}
+            if odd:
+                self._say(f"{groups[odd[0]]}: {len(odd)} requests take the reference path")
+                texts = super().generate_until([requests[number] for number in odd], disable_tqdm=disable_tqdm or self.quiet)
+                found.update(zip(odd, texts, strict=True))
+            self._generate(requests, {n: settings for n, settings in enumerate(groups) if isinstance(settings, Settings)}, found, disable_tqdm)
+            return [found[number] for number in range(len(requests))]
+
+    def _generate(self, requests: Sequence[Instance], settings: Mapping[int, Settings], found: dict[int, str], disable_tqdm: bool) -> None:
+        numbers = list(settings)
+        prompts = self._prompts([(requests[n].args[0], settings[n].max_new_tokens) for n in numbers])
+        seeds = row_seeds([(prompt, candidate_name(requests[n].args[0])) for n, prompt in zip(numbers, prompts, strict=True)])
+        eos = str(self.tok_decode([self.eot_token_id], skip_special_tokens=False))
+        own = [self._row(requests[n].args[0]) for n in numbers]
+        rows = [
+            settings[n].row(prompt, row.spec if row.acts else None, seed, without=eos)
+            for n, prompt, row, seed in zip(numbers, prompts, own, seeds, strict=True)
+        ]
+        bar = tqdm(total=len(rows), disable=disable_tqdm or self.quiet or self.rank != 0, desc="Running generate_until requests")
+
+        def done(place: int, generated: Generated) -> None:
+            if generated.ended == "nan" and own[place].acts:
+                refuse_nan(own[place], "next-token scores")
+            number = numbers[place]
+            found[number] = postprocess_generated_text(str(self.tok_decode(generated.tokens)), [*settings[number].until, eos], None)
+            if self.answered is not None:
+                self.answered(requests[number], found[number])
+            bar.update()
+
+        with bar, self._autocast():
+            self.engine.generate(rows, done)
+
+    def _prompts(self, contexts: Sequence[tuple[str, int]]) -> list[tuple[int, ...]]:
+        """Return each context's tokens, cut at the beginning to leave room for as many new ones as it asks for."""
+        groups: dict[int, dict[tuple[str, bool], str]] = {}
+        for context, room in contexts:
+            groups.setdefault(room, {})[self.rendered(context), chat_messages(context) is not None] = context
+        tokens: dict[tuple[int, str, bool], tuple[int, ...]] = {}
+        for room, distinct in groups.items():
+            limit = self.max_length - room
+            if limit <= 0:
+                raise ModelError(f"max_gen_toks={room} leaves no room for a prompt: the model takes {self.max_length} tokens. Lower max_gen_toks.")
+            ids, mask = self.tok_batch_encode(list(distinct.values()), left_truncate_len=limit, truncation=self.truncation)
+            for key, row, real in zip(distinct, ids.tolist(), mask.tolist(), strict=True):
+                tokens[room, *key] = tuple(token for token, kept in zip(row, real, strict=True) if kept) or (self.prefix_token_id,)
+        self._rows = None
+        return [tokens[room, self.rendered(context), chat_messages(context) is not None] for context, room in contexts]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, is greedy) of each continuation, each request steered by its own spec or the model's."""
@@ -148,29 +218,40 @@ class SteeredHFLM(HFLM):
         """Return the log-likelihood of each whole text; every token of it counts as response.
 
         Raises:
-            ModelError: when requests with different specs meet on several processes.
+            ModelError: on the reference path, when requests with different specs meet on several processes.
         """
-        groups: dict[str | None, list[int]] = {}
-        for index, request in enumerate(requests):
-            row = self._row(request.args[0])
-            groups.setdefault(row.spec.digest if row.acts and row.spec else None, []).append(index)
-        if len(groups) > 1 and self.world_size > 1:
-            raise ModelError(
-                f"{len(groups)} specs in one rolling log-likelihood run cannot be shared among {self.world_size} processes. Use one process."
-            )
-        found = [0.0] * len(requests)
         with self._answering(requests):
-            for indices in groups.values():
-                self._window_row = self._row(requests[indices[0]].args[0])
-                part = super().loglikelihood_rolling([requests[i] for i in indices], disable_tqdm=disable_tqdm or self.quiet)
-                for index, value in zip(indices, part, strict=True):
-                    found[index] = value
-        return found
+            if self._by_reference():
+                return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+            windows = [(number, window) for number, request in enumerate(requests) for window in self._windows(str(request.args[0]))]
+            rows = [self._row(requests[number].args[0]) for number, _ in windows]
+            asked = [ScoreRequest(*window, row.spec if row.acts else None, response_start=0) for (_, window), row in zip(windows, rows, strict=True)]
+            found = [0.0] * len(requests)
+            for (number, _), (value, _) in zip(windows, self._scored(asked, rows, disable_tqdm), strict=True):
+                found[number] += value
+            return found
+
+    def _windows(self, text: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        made = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, max_seq_len=self.max_length, context_len=1)
+        return [(tuple(context), tuple(tokens)) for context, tokens in map(make_disjoint_window, made)]
+
+    def _by_reference(self) -> bool:
+        """Return whether requests go the reference way: asked for, or the model's parts only run on all processes together."""
+        kind = str(getattr(getattr(self, "accelerator", None), "distributed_type", ""))
+        return self.exact or self.think_end_token is not None or "FSDP" in kind or "DEEPSPEED" in kind
+
+    def _say(self, notice: str) -> None:
+        if notice not in self._said:
+            self._said.add(notice)
+            logger.warning(notice)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(device_type=self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None)
 
     @contextmanager
     def _answering(self, requests: Sequence[Instance]) -> Iterator[None]:
-        if self.batch_size == "auto" and any(own_spec(request.args[0]) is not MODEL for request in requests):
-            raise ModelError("batch_size='auto' cannot be used when requests carry their own steering. Set batch_size to a number, such as 16.")
+        if self.exact and self.batch_size == "auto" and any(own_spec(request.args[0]) is not MODEL for request in requests):
+            raise ModelError("batch_size='auto' cannot be used with exact=True when requests carry their own steering. Set batch_size to a number.")
         started = perf_counter()
         try:
             yield
@@ -178,133 +259,29 @@ class SteeredHFLM(HFLM):
             self._rows, self._queue, self._window_row = None, None, None
             self.seconds += perf_counter() - started
 
-    def _row(self, context: Any) -> Row:
-        spec = own_spec(context)
-        return Row(self.spec if spec is MODEL else spec, candidate_name(context))
+    def _loglikelihood_tokens(
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        if self._by_reference():
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        rows = [Row(self.spec) if strings is None else self._row(strings[0]) for strings, _, _ in requests]
+        asked = [
+            ScoreRequest(tuple(context), tuple(tokens), row.spec if row.acts else None)
+            for (_, context, tokens), row in zip(requests, rows, strict=True)
+        ]
+        return [(value, greedy) for value, greedy in self._scored(asked, rows, disable_tqdm)]
 
-    # -- text to tokens -------------------------------------------------------------------------------------------------------
+    def _scored(self, asked: Sequence[ScoreRequest], rows: Sequence[Row], disable_tqdm: bool) -> list[Scored]:
+        bar = tqdm(total=len(asked), disable=disable_tqdm or self.quiet or self.rank != 0, desc="Running loglikelihood requests")
 
-    def _render_once(self, messages: tuple[tuple[tuple[str, str], ...], ...]) -> str:
-        turns: list[Message] = [dict(turn) for turn in messages]
-        return render_chat(self.tokenizer, turns, prompt_format=self.prompt_format, **self.chat_template_args)
+        def done(numbers: Sequence[int], scored: Sequence[Scored]) -> None:
+            for number, (value, _) in zip(numbers, scored, strict=True):
+                if value != value and rows[number].acts:
+                    refuse_nan(rows[number], "log-likelihoods")
+            bar.update(len(numbers))
 
-    def rendered(self, context: str) -> str:
-        """Return a chat-marked context as the prompt that the model sees; any other string as it is.
-
-        Raises:
-            ModelError: when the tokenizer has no chat template and ``prompt_format`` is ``chat``.
-        """
-        messages = chat_messages(context)
-        return context if messages is None else self._render(tuple(tuple(message.items()) for message in messages))
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any) -> list[int]:
-        """Return token ids; a chat-marked string is rendered, and its template brings its own special tokens."""
-        if chat_messages(string) is not None:
-            string, add_special_tokens = self.rendered(string), self._template_specials
-        return list(super().tok_encode(string, add_special_tokens=add_special_tokens, left_truncate_len=left_truncate_len, **kwargs))
-
-    @property
-    def _template_specials(self) -> bool | None:
-        # A template's text already begins with BOS where the model wants one; plain lines are text like any other.
-        return False if self.prompt_format == "chat" else None
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if chat_messages(context) is None:
-            pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
-            return pair
-        prompt = self.rendered(context)
-        if self.prompt_format == "plain" and not continuation[:1].isspace():
-            continuation = f" {continuation}"
-        head = self.tok_encode(context)
-        whole = list(super().tok_encode(prompt + continuation, add_special_tokens=self._template_specials))
-        if whole[: len(head)] == head and len(whole) > len(head):
-            return head, whole[len(head) :]
-        # The tokenizer merges across the border: score what the model would have to write after the prompt that it is given.
-        return head, list(super().tok_encode(continuation, add_special_tokens=False))
-
-    def tok_batch_encode(
-        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
-    ) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
-        """Return token ids and mask, row ``i`` for ``strings[i]``, and remember what steers each row."""
-        self._rows = [self._row(string) for string in strings]
-        if all(chat_messages(string) is None for string in strings):
-            ids, mask = super().tok_batch_encode(strings, padding_side=padding_side, left_truncate_len=left_truncate_len, truncation=truncation)
-            return ids, mask
-        limit = min(left_truncate_len or self.max_length, self.max_length)
-        rows = [self.tok_encode(string) for string in strings]
-        longest = max(map(len, rows))
-        if longest > limit:
-            logger.warning("a prompt of %d tokens is longer than the %d that fit; its beginning is cut off", longest, limit)
-        return pad([row[-limit:] for row in rows], self.tokenizer.pad_token_id, padding_side)
-
-    # -- forward passes -------------------------------------------------------------------------------------------------------
-
-    def _model_generate(self, context: Int[Tensor, "rows width"], max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        rows, self._rows = self._rows or [Row(self.spec)] * len(context), None
-        written: Tensor
-        if not any(row.acts for row in rows):
-            written = super()._model_generate(context, max_length, stop, **generation_kwargs)
-            return written
-        watch = FiniteScores()
-        with self.steerer.batch([row.spec for row in rows], Layout.generation(generation_kwargs["attention_mask"])):
-            processors = LogitsProcessorList([watch])
-            written = super()._model_generate(context, max_length, stop, logits_processor=processors, **generation_kwargs)
-        if watch.broken is not None and bool(watch.broken.any()):
-            _refuse_nan(rows[int(watch.broken.nonzero()[0]) * len(rows) // len(watch.broken)], "next-token scores")
-        return written
-
-    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
-        # Its dummy batches are no requests: they run with idle hooks, and leave the rows that wait for theirs alone.
-        waiting, self._queue = self._queue, None
-        try:
-            return int(super()._detect_batch_size(requests, pos))
-        finally:
-            self._queue = waiting
-
-    def _loglikelihood_tokens(self, requests: list[Scored], disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
-        rows = [self._scored_row(request) for request in requests]
-        kept: bool = self.logits_cache
-        merge = kept and mergeable(rows)
-        if any(row.row.acts for row in rows):
-            self._queue = deque(in_order(rows, requests, merge=merge))
-        self.logits_cache = merge
-        try:
-            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-                requests, disable_tqdm=disable_tqdm or self.quiet, override_bs=override_bs
-            )
-            assert not self._queue, "lm-eval left rows out"
-        finally:
-            self.logits_cache, self._queue = kept, None
-        for row, (value, _) in zip(rows, found, strict=True):
-            if value != value and row.row.acts:
-                _refuse_nan(row.row, "log-likelihoods")
-        return found
-
-    def _scored_row(self, request: Scored) -> ScoredRow:
-        strings, context, continuation = request
-        tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
-        if strings is None:
-            assert self._window_row is not None
-            return ScoredRow(self._window_row, tokens, context=0)
-        return ScoredRow(self._row(strings[0]), tokens, context=len(tokens) + 1 - len(continuation))
-
-    def _model_call(self, inps: Int[Tensor, "rows width"], *args: Any, **kwargs: Any) -> Float[Tensor, "rows width vocab"]:
-        logits: Tensor
-        if self._queue is None:
-            logits = super()._model_call(inps, *args, **kwargs)
-            return logits
-        rows = [self._queue.popleft() for _ in range(len(inps))]
-        # lm-eval chooses the order of rows; that ours is the same is worth a look at every batch.
-        assert all(given[: len(row.tokens)] == row.tokens for given, row in zip(inps.tolist(), rows, strict=True)), "rows out of order"
-        layout = Layout.scored([row.context for row in rows], [len(row.tokens) for row in rows])
-        with self.steerer.batch([row.row.spec for row in rows], layout):
-            logits = super()._model_call(inps, *args, **kwargs)
-        return logits
-
-
-def _refuse_nan(row: Row, what: str) -> None:
-    whose = "the steered model" if row.candidate is None else f"candidate {row.candidate!r}"
-    raise ModelError(f"{whose} gave NaN {what}: the steering drives the activations out of range. Use a smaller alpha, or dtype=float32.")
+        with bar, self._autocast():
+            return self.engine.score(asked, max_length=self.max_length, done=done)
 
 
 def _refuse_misspelt(kwargs: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from steered_lm.errors import JudgeError, PersonaError
 from steered_lm.harness.chat_task import ChatTask
 from steered_lm.judges import check_missing, make_judge
 from steered_lm.judges.base import Judge, JudgeRequest, Verdict
+from steered_lm.judges.stream import JudgeStream
 from steered_lm.persona.load import load_persona
 from steered_lm.persona.schema import Persona
 
@@ -51,6 +52,7 @@ class PersonaJudgeTask(ChatTask):
     Attributes:
         persona, judge: what responses are held against, and who says how well they fit.
         verdicts: one a response of the last evaluation, in the order of ``instances``.
+        stream: judges responses while others are still being generated, by ``id`` of the instance; None judges all at the end.
         judge_seconds: time that the judge took in the last evaluation.
     """
 
@@ -69,6 +71,7 @@ class PersonaJudgeTask(ChatTask):
         self.persona = persona if isinstance(persona, Persona) else load_persona(self.options.persona)
         self.judge = judge if isinstance(judge, Judge) else self._make_judge(metadata)
         self.verdicts: list[Verdict] = []
+        self.stream: JudgeStream | None = None
         self.judge_seconds = 0.0
         if config.get("repeats", 1) != 1:
             raise PersonaError(f"repeats={config['repeats']} is not allowed: persona_judge judges one response to each prompt. Leave repeats out.")
@@ -112,8 +115,11 @@ class PersonaJudgeTask(ChatTask):
         # Data-parallel runs pad the requests, so an instance can hold more responses than were asked for.
         responses = [str(instance.resps[0]).strip() for instance in self.instances]
         started = perf_counter()
-        requests = [JudgeRequest(prompt=i.doc["prompt"], response=response) for i, response in zip(self.instances, responses, strict=True)]
-        self.verdicts = list(self.judge.judge(requests))
+        if self.stream is None:
+            requests = [judge_request(instance, response) for instance, response in zip(self.instances, responses, strict=True)]
+            self.verdicts = list(self.judge.judge(requests))
+        else:
+            self.verdicts = self.stream.verdicts([id(instance) for instance in self.instances])
         self.judge_seconds = perf_counter() - started
         check_missing(self.verdicts, self.options.missing_limit)
         if all(verdict.score is None for verdict in self.verdicts):
@@ -132,6 +138,11 @@ class PersonaJudgeTask(ChatTask):
         if "missing" in metrics and all(verdict.score is None for verdict in self.verdicts):
             metrics["persona_fit"] = float("nan")
         return metrics
+
+
+def judge_request(instance: Instance, text: str) -> JudgeRequest:
+    """Return what the judge is asked about a generated text."""
+    return JudgeRequest(prompt=instance.doc["prompt"], response=text.strip())
 
 
 def persona_metrics(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:

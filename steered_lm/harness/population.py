@@ -17,23 +17,34 @@ from steered_lm.config import Config
 from steered_lm.errors import ModelError, RunError
 from steered_lm.harness.chat_task import ChatTask, load_tasks
 from steered_lm.harness.model import SteeredHFLM
-from steered_lm.harness.persona_task import PersonaJudgeTask
+from steered_lm.harness.persona_task import PersonaJudgeTask, judge_request
 from steered_lm.judges.base import Judge
+from steered_lm.judges.stream import JudgeStream, is_remote
 from steered_lm.persona.schema import Persona
 from steered_lm.search.protocol import Candidate, CandidateScore, ItemScore
 
 
 class Timing(NamedTuple):
-    """Where the seconds of one generation went."""
+    """Where the seconds of one generation went.
+
+    Attributes:
+        total: all of it.
+        prompt: passes over prompts.
+        decode: steps that write tokens; on the reference path, all of the model's time.
+        judge: waiting for verdicts when the model had nothing left to do.
+        judge_hidden: judging that went on while the model was writing; it adds nothing to the total.
+    """
 
     total: float
-    model: float
+    prompt: float
+    decode: float
     judge: float
+    judge_hidden: float = 0.0
 
     @property
     def overhead(self) -> float:
         """Seconds that neither model nor judge took: lm-eval's own and ours."""
-        return self.total - self.model - self.judge
+        return self.total - self.prompt - self.decode - self.judge
 
 
 class ItemCorrect(Config):
@@ -71,7 +82,7 @@ class HarnessObjective:
             seed: what sampling starts from at each call; the caller's generators stay as they are.
 
         Raises:
-            ModelError: when ``lm`` is no ``steered-hf`` model, runs on several processes, or detects its batch size.
+            ModelError: when ``lm`` is no ``steered-hf`` model, runs on several processes, or detects its batch size on the reference path.
         """
         _check(lm)
         self.lm, self.persona, self.judge = lm, persona, judge
@@ -88,17 +99,35 @@ class HarnessObjective:
             ModelError: when a candidate's steering drives the model to NaN.
         """
         task = self._task(split)
-        started, model = perf_counter(), self.lm.seconds
-        with _seeded(self.lm, self.seed):
+        report, started = self.lm.engine.report, perf_counter()
+        prompt, decode, model = report.prompt_seconds, report.decode_seconds, self.lm.seconds
+        with _seeded(self.lm, self.seed), self._judging(task) as stream:
             _evaluate(self.lm, [task], candidates)
-        self.history.append(Timing(perf_counter() - started, self.lm.seconds - model, task.judge_seconds))
+        decoded = self.lm.seconds - model if self.lm.exact else report.decode_seconds - decode
+        hidden = stream.busy_seconds - stream.waited_seconds if stream else 0.0
+        total = perf_counter() - started
+        self.history.append(Timing(total, report.prompt_seconds - prompt, decoded, task.judge_seconds, max(hidden, 0.0)))
         return [CandidateScore(items=tuple(items)) for items in _by_candidate(task, len(candidates))]
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds of the last call by part: model, judge, and overhead for the rest."""
+        """Seconds of the last call by part, see :class:`Timing`: prompt, decode, judge, overhead; and judge_hidden, which is part of the others."""
         last = self.history[-1]
-        return {"model": last.model, "judge": last.judge, "overhead": last.overhead}
+        return {"prompt": last.prompt, "decode": last.decode, "judge": last.judge, "overhead": last.overhead, "judge_hidden": last.judge_hidden}
+
+    @contextmanager
+    def _judging(self, task: PersonaJudgeTask) -> Iterator[JudgeStream | None]:
+        """Let a judge that waits for answers work on finished responses while the model writes others."""
+        if self.lm.exact or not is_remote(self.judge):
+            yield None
+            return
+        with JudgeStream(self.judge) as stream:
+            task.stream = stream
+            self.lm.answered = lambda instance, text: stream.put(id(instance), judge_request(instance, text))
+            try:
+                yield stream
+            finally:
+                task.stream = self.lm.answered = None
 
     def _task(self, split: str) -> PersonaJudgeTask:
         if split not in self._tasks:
@@ -160,8 +189,8 @@ def _check(lm: Any) -> None:
         raise ModelError(f"lm is a {type(lm).__name__}; a population needs the model type steered-hf (steered_lm.harness.model.SteeredHFLM).")
     if lm.world_size > 1:
         raise ModelError(f"a population is evaluated by one process, this one is one of {lm.world_size}. Start it without accelerate launch.")
-    if lm.batch_size == "auto":
-        raise ModelError("batch_size='auto' cannot be used when requests carry their own steering. Set batch_size to a number, such as 16.")
+    if lm.exact and lm.batch_size == "auto":
+        raise ModelError("batch_size='auto' cannot be used with exact=True when requests carry their own steering. Set batch_size to a number.")
 
 
 def _evaluate(lm: SteeredHFLM, tasks: Sequence[ChatTask], candidates: Sequence[Candidate]) -> None:

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 
 from steered_lm.steering.spec import SteeringSpec
 
-Scored = tuple[tuple[str, str] | None, list[int], list[int]]
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class Row(NamedTuple):
@@ -58,7 +58,7 @@ def mergeable(rows: Sequence[ScoredRow]) -> bool:
     return True
 
 
-def in_order(rows: Sequence[ScoredRow], requests: Sequence[Scored], *, merge: bool) -> Iterator[ScoredRow]:
+def in_order(rows: Sequence[ScoredRow], requests: Sequence[TokenRequest], *, merge: bool) -> Iterator[ScoredRow]:
     """Yield the rows in the order in which ``HFLM._loglikelihood_tokens`` puts them into batches, with its own collator."""
 
     def length_first(entry: tuple[ScoredRow, list[int], list[int]]) -> tuple[int, tuple[int, ...]]:

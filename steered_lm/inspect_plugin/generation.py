@@ -1,42 +1,59 @@
-"""Rows that differ in everything, generated together: each has its own spec, length, stop sequences and random draws."""
+"""From requests to the engine's rows, and from what it generated to replies."""
 
+import logging
 from collections.abc import Sequence
-from copy import deepcopy
+from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig
 
-from steered_lm.steering.compile import Layout
-from steered_lm.steering.hooks import Steerer
+from steered_lm.engine import Engine, Generated, GenerationRow
+from steered_lm.engine.memory import mebibytes
+from steered_lm.engine.plain import generate_plain
+from steered_lm.engine.stops import Stops, decode
+from steered_lm.errors import ModelError, UserError
 from steered_lm.steering.spec import SteeringSpec
+
+logger = logging.getLogger(__name__)
 
 StopReason = Literal["stop", "max_tokens", "model_length"]
 
+# What a checkpoint may ask for that changes which tokens are chosen, each with the value that, like None, means "off". The first are
+# applied by transformers' own ``generate``; the others need end tokens, further passes or beams there, which the rows do not have.
+_APPLIED_WHEN_EXACT: dict[str, Any] = {
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+    "watermarking_config": None,
+}
+_NEVER_APPLIED: dict[str, Any] = {
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "penalty_alpha": 0.0,
+    "dola_layers": None,
+    "num_beams": 1,
+}
 
-class Row(NamedTuple):
-    """One reply to generate.
+
+class Request(NamedTuple):
+    """What one call of the provider asks for.
 
     Attributes:
-        tokens: ids of the rendered prompt.
-        spec: how the row is steered; None is the unsteered model.
-        budget: most tokens to generate, and why it ends there.
-        temperature: 0 takes the likeliest token at each step.
-        top_p, top_k: what sampling is restricted to, applied after the temperature, top_k first; 1 and 0 are no restriction.
-        seed: seeds the row's own generator; it is read when the temperature is above 0.
-        stop: the reply ends before the first of these.
+        rows: one a choice, alike but for the seed.
+        limit: why a reply ends that is as long as it may be.
     """
 
-    tokens: tuple[int, ...]
-    spec: SteeringSpec | None
-    budget: tuple[int, StopReason]
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
+    rows: tuple[GenerationRow, ...]
+    limit: StopReason
 
 
 class Reply(NamedTuple):
@@ -47,116 +64,108 @@ class Reply(NamedTuple):
     reason: StopReason
 
 
-class RowSampler(LogitsProcessor):
-    """Leaves one token possible in each row that samples, drawn with the row's own generator.
+class Defaults(NamedTuple):
+    """What of a checkpoint's generation config applies to every reply: the ids that end it, and the repetition penalty (1 is none)."""
 
-    A reply therefore depends on its seed and not on what else is in the batch, and nothing draws from torch's global generator.
+    end_ids: tuple[int, ...]
+    repetition_penalty: float
+
+
+def take_defaults(model: Any, tokenizer: Any, *, exact: bool) -> Defaults:
+    """Return a model's defaults, and leave the model a generation config in which the rows decide.
+
+    Sampling, lengths and stop strings are the request's alone. Other settings that change which tokens are chosen stay for the reference
+    path, and are named in a warning where they are not applied.
+
+    Args:
+        model: its generation config is replaced.
+        tokenizer: its end token counts beside the model's own.
+        exact: whether replies will come from the model's own ``generate``.
     """
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        """Seed one generator a row."""
-        self._rows = rows
-        self._generators = [torch.Generator().manual_seed(row.seed) for row in rows]
-
-    def __call__(self, input_ids: Int[Tensor, "rows width"], scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        """Return the scores with minus infinity for all tokens but the one drawn."""
-        chosen = scores.clone()
-        for index, row in enumerate(self._rows):
-            if row.temperature > 0:
-                chosen[index] = float("-inf")
-                chosen[index, _draw(scores[index], row, self._generators[index])] = 0.0
-        return chosen
-
-
-def _draw(scores: Float[Tensor, " vocab"], row: Row, generator: torch.Generator) -> int:
-    scaled = scores.double().cpu() / row.temperature
-    values, order = scaled.sort(descending=True, stable=True)
-    probabilities = values.softmax(dim=0)
-    if 0 < row.top_k < len(probabilities):
-        probabilities = probabilities[: row.top_k] / probabilities[: row.top_k].sum()
-    ends = probabilities.cumsum(dim=0)
-    kept = int((ends - probabilities < row.top_p).sum().clamp(min=1))
-    point = torch.rand(1, generator=generator, dtype=torch.float64) * ends[kept - 1]
-    return int(order[int(torch.searchsorted(ends[:kept], point, right=True).clamp(max=kept - 1))])
-
-
-class RowEnds(StoppingCriteria):
-    """Notes for each row at which token it ended and why; finished rows of a batch are padded on and cut afterwards."""
-
-    def __init__(self, rows: Sequence[Row], tokenizer: Any, end_ids: Sequence[int], width: int) -> None:
-        """Watch rows whose replies start at column ``width`` and end at any of ``end_ids``."""
-        self._rows, self._tokenizer, self._end_ids, self._width = rows, tokenizer, frozenset(end_ids), width
-        self.ends: list[tuple[int, StopReason] | None] = [None] * len(rows)
-
-    def __call__(self, input_ids: Int[Tensor, "rows width"], scores: Any, **kwargs: Any) -> Bool[Tensor, " rows"]:
-        """Return which rows have ended."""
-        generated = input_ids[:, self._width :].tolist()
-        for index, (row, tokens) in enumerate(zip(self._rows, generated, strict=True)):
-            if self.ends[index] is None:
-                reason = self._reason(row, tokens)
-                self.ends[index] = (len(tokens), reason) if reason else None
-        return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
-
-    def _reason(self, row: Row, tokens: list[int]) -> StopReason | None:
-        if tokens[-1] in self._end_ids:
-            return "stop"
-        if row.stop:
-            # a token stands for one byte at least, so a stop sequence lies within as many last tokens as it has bytes
-            tail = tokens[-(max(len(s.encode()) for s in row.stop) + 4) :]
-            if any(s in decode(self._tokenizer, tail) for s in row.stop):
-                return "stop"
-        return row.budget[1] if len(tokens) >= row.budget[0] else None
-
-
-def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """Return the tokens' text without special tokens."""
-    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Return the ids that end a reply: the model's own generation config and the tokenizer both count."""
-    config: Any = model.generation_config
+    config = model.generation_config
     listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
+    ends = sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
+    kept = _acting(config, _APPLIED_WHEN_EXACT)
+    dropped = _acting(config, _NEVER_APPLIED) | ({} if exact else kept)
+    if dropped:
+        said = ", ".join(f"{name}={value!r:.40}" for name, value in dropped.items())
+        more = " exact=true applies some of them." if set(dropped) & set(kept) else ""
+        logger.warning("the model's generation config has %s, which steered-hf does not apply.%s", said, more)
+    model.generation_config = GenerationConfig(**(kept if exact else {}))
+    return Defaults(tuple(ends), config.repetition_penalty or 1.0)
 
 
-def neutral_config(model: nn.Module, tokenizer: Any) -> GenerationConfig:
-    """Return the model's generation config without sampling defaults and lengths, which the rows decide; penalties stay."""
-    config: Any = deepcopy(model.generation_config)
-    ends = end_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
-    none: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length", "max_new_tokens", "min_length"))
-    config.update(do_sample=False, num_beams=1, num_return_sequences=1, eos_token_id=ends or None, pad_token_id=pad, **none)
-    assert isinstance(config, GenerationConfig)
-    return config
+def _acting(config: Any, names: dict[str, Any]) -> dict[str, Any]:
+    values = {name: getattr(config, name, None) for name in names}
+    return {name: value for name, value in values.items() if value not in (None, names[name])}
 
 
-def generate_rows(steerer: Steerer, tokenizer: Any, rows: Sequence[Row]) -> list[Reply]:
-    """Return one reply a row; the model's generation config has to be the :func:`neutral_config`.
+class Replier:
+    """Answers batches of requests by an engine, or, when ``exact``, row by row through the model's own ``generate``."""
 
-    Rows are padded on the left. In float32 the replies are those of one row at a time, for sampled rows too.
-    """
-    model: Any = steerer.model
-    width = max(len(row.tokens) for row in rows)
-    pad = model.generation_config.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(row.tokens)) + list(row.tokens) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row.tokens)) + [1] * len(row.tokens) for row in rows])
-    ends = RowEnds(rows, tokenizer, model.generation_config.eos_token_id or [], width)
-    sampler = [RowSampler(rows)] if any(row.temperature > 0 for row in rows) else []
-    with torch.inference_mode(), steerer.batch([row.spec for row in rows], Layout.generation(mask)):
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max(row.budget[0] for row in rows),
-            logits_processor=LogitsProcessorList(sampler),
-            stopping_criteria=StoppingCriteriaList([ends]),
+    def __init__(self, engine: Engine, end_ids: Sequence[int], *, exact: bool) -> None:
+        """Prepare to answer; ``end_ids`` are those that the engine has."""
+        self._engine, self._exact = engine, exact
+        self._stops = Stops(engine.tokenizer, end_ids)
+
+    def answer(self, requests: Sequence[Request]) -> list[list[Reply] | Exception]:
+        """Return one reply a row for each request, or the error that is its alone."""
+        problems = [self._spec_problem(request.rows[0].spec) for request in requests]
+        sound = [request for request, problem in zip(requests, problems, strict=True) if problem is None]
+        answers = iter(self._answers(sound))
+        return [next(answers) if problem is None else problem for problem in problems]
+
+    def _spec_problem(self, spec: SteeringSpec | None) -> UserError | None:
+        # compiling attaches hooks, so it happens here, where no forward pass is under way
+        try:
+            self._engine.steerer.compile(spec)
+        except UserError as error:
+            return error
+        return None
+
+    def _answers(self, requests: Sequence[Request]) -> list[list[Reply] | Exception]:
+        if not requests:
+            return []
+        try:
+            generated = iter(self._generate([row for request in requests for row in request.rows]))
+        except ModelError as error:
+            if len(requests) == 1:
+                return [error]
+        else:
+            return [self._replies(request, [next(generated) for _ in request.rows]) for request in requests]
+        # too much for the memory: halves, until what is refused is the one request that does not fit by itself
+        half = len(requests) // 2
+        return self._answers(requests[:half]) + self._answers(requests[half:])
+
+    def _generate(self, rows: Sequence[GenerationRow]) -> list[Generated]:
+        started = perf_counter()
+        try:
+            if self._exact:
+                found: dict[int, Generated] = {}
+                generate_plain(self._engine.steerer, rows, self._stops, 1, found.__setitem__)
+                generated = [found[number] for number in range(len(rows))]
+            else:
+                generated = self._engine.generate(rows)
+        except torch.OutOfMemoryError as error:
+            widest = max(len(row.tokens) for row in rows)
+            raise ModelError(f"out of memory with {len(rows)} rows of up to {widest} tokens. Lower -M memory_budget or -M batch_size.") from error
+        logger.debug("%d rows in %.2f s, peak so far %s", len(rows), perf_counter() - started, mebibytes(self._engine.report.peak_bytes))
+        return generated
+
+    def _replies(self, request: Request, generated: Sequence[Generated]) -> list[Reply] | Exception:
+        if any(one.ended == "nan" for one in generated):
+            return _nan_error(steered=bool(self._engine.steerer.compile(request.rows[0].spec).sites))
+        return [self._reply(one, request) for one in generated]
+
+    def _reply(self, generated: Generated, request: Request) -> Reply:
+        text = decode(self._engine.tokenizer, generated.tokens)
+        cuts = [text.index(stop) for stop in request.rows[0].stop if stop in text]
+        return Reply(text[: min(cuts)] if cuts else text, len(generated.tokens), "stop" if generated.ended == "stop" else request.limit)
+
+
+def _nan_error(*, steered: bool) -> ModelError:
+    if steered:
+        return ModelError(
+            "the steered model gave NaN next-token scores: the steering drives the activations out of range. Use a smaller alpha, or dtype=float32."
         )
-    generated = output[:, width:].tolist()
-    return [_reply(row, tokens, end, tokenizer) for row, tokens, end in zip(rows, generated, ends.ends, strict=True)]
-
-
-def _reply(row: Row, tokens: list[int], end: tuple[int, StopReason] | None, tokenizer: Any) -> Reply:
-    length, reason = end or (len(tokens), row.budget[1])
-    text = decode(tokenizer, tokens[:length])
-    cuts = [text.index(s) for s in row.stop if s in text]
-    return Reply(text[: min(cuts)] if cuts else text, length, reason)
+    return ModelError("the model gave NaN next-token scores without any steering. Use dtype=float32, or check the checkpoint.")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from steered_lm.chat import PromptFormat
 from steered_lm.config import Config
 from steered_lm.content import TINY_CHAT, resolve_model
+from steered_lm.engine.gemm import Gemm
 from steered_lm.errors import ModelError
 from steered_lm.steering.spec import INLINE_KEYS, SteeringSpec, spec_from_args
 
@@ -31,7 +32,12 @@ class ProviderOptions(Config):
         prompt_format: ``chat``, or ``plain`` (``User:`` / ``Assistant:`` lines) for base models.
         blocks: dotted path of the decoder blocks when they are not found by structure.
         allow_foreign_vectors: take vectors that were built for another checkpoint of the same shape.
-        batch_size: most rows generated together; also the default number of connections.
+        batch_size: most rows in a step; ``auto`` is as many as the memory budget allows.
+        memory_budget: what the cache and everything else that grows with the batch may take: a number of GiB, or text with a unit, such as
+            ``500MiB``; by default a share of what is free.
+        gemm: library of float32 linear layers on the CPU: ``auto``, ``torch`` or ``onednn``.
+        exact: the reference path: each reply by itself through the model's own ``generate``, with torch's own linear layers and no heed to
+            ``memory_budget``.
         revision, trust_remote_code: as for ``from_pretrained``.
     """
 
@@ -51,7 +57,10 @@ class ProviderOptions(Config):
     prompt_format: PromptFormat = "chat"
     blocks: str | None = None
     allow_foreign_vectors: bool = False
-    batch_size: int = 32
+    batch_size: int | str = "auto"
+    memory_budget: int | float | str | None = None
+    gemm: Gemm = "auto"
+    exact: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
 
@@ -65,6 +74,19 @@ class ProviderOptions(Config):
         if isinstance(self.weights, list):  # -M splits at commas
             inline["weights"] = ";".join(self.weights)
         return spec_from_args(self.steering, inline)
+
+    def max_rows(self) -> int | None:
+        """Return ``batch_size`` as a number; None is as many as the memory budget allows.
+
+        Raises:
+            ModelError: when it is neither ``auto`` nor a number from 1 up.
+        """
+        text = str(self.batch_size)
+        if text == "auto":
+            return None
+        if not text.isdecimal() or int(text) < 1:
+            raise ModelError(f"batch_size={self.batch_size!r} is not a number of rows. Allowed: 1 or more, or auto.")
+        return int(text)
 
 
 def load_tokenizer(name: str, options: ProviderOptions) -> Any:

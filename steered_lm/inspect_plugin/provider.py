@@ -1,13 +1,11 @@
 """The model provider ``steered-hf``: any Hugging Face causal model, steered, with a batcher of its own."""
 
 import hashlib
-import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from inspect_ai.model import (
     ChatCompletionChoice,
     ChatMessage,
@@ -24,17 +22,20 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 
 from steered_lm.chat import render_chat
 from steered_lm.config import content_hash, file_hash
-from steered_lm.errors import ModelError, SpecError, UserError
+from steered_lm.engine import Engine, GenerationRow, Sampling
+from steered_lm.engine.memory import parse_size
+from steered_lm.errors import ModelError, SpecError
 from steered_lm.inspect_plugin.batcher import Batcher
-from steered_lm.inspect_plugin.generation import Reply, Row, StopReason, generate_rows, neutral_config
+from steered_lm.inspect_plugin.generation import Replier, Reply, Request, StopReason, take_defaults
 from steered_lm.inspect_plugin.loading import ProviderOptions, load_model, load_tokenizer
 from steered_lm.inspect_plugin.refusal import plain_refusals
 from steered_lm.steering.hooks import Steerer
 from steered_lm.steering.spec import INLINE_KEYS, SteeringSpec, spec_from_args
 
-logger = logging.getLogger(__name__)
-
 _BASE_URL = "steered-hf:"
+# With batch_size=auto: how many requests Inspect may have under way, and the largest batch, which is all that wait: the engine takes
+# rows in as its memory budget allows, and gains nothing from more than this.
+_AUTO_CONNECTIONS, _AUTO_ROWS = 64, 1024
 _NOT_SUPPORTED = (
     "best_of",
     "frequency_penalty",
@@ -55,6 +56,13 @@ class SteeredHFAPI(ModelAPI):
     Generation is greedy unless a temperature above 0 is given. Sampled replies depend on the seed, the prompt and the choice's number
     alone; without a seed one is drawn and noted in the output's metadata. One request may be steered by another spec:
     ``GenerateConfig(extra_body={"steering": …})`` with a spec file, a mapping of the inline keys, or None for the unsteered model.
+
+    Requests that are awaited at the same time form a batch, whatever their specs, lengths and sampling settings. A batch is closed: what
+    arrives while it runs waits for its end. With ``batch_size=auto`` all that wait are taken, and the engine cuts them to its memory budget
+    by itself, letting waiting rows take the places of finished ones.
+
+    Attributes:
+        engine: what generates; ``engine.report`` says what ran.
     """
 
     def __init__(
@@ -75,23 +83,26 @@ class SteeredHFAPI(ModelAPI):
             if base_url is not None and not base_url.startswith(_BASE_URL):
                 raise ModelError(f"base_url={base_url!r} is not taken: steered-hf runs the model itself. Leave --model-base-url out.")
             self.options = ProviderOptions.parse(model_args, source="what -M gives to steered-hf", error=ModelError)
-            if self.options.batch_size < 1:
-                raise ModelError(f"batch_size={self.options.batch_size} is not a number of rows. Allowed: 1 or more.")
+            rows, budget = self.options.max_rows(), parse_size(self.options.memory_budget)
             self.spec = self.options.spec()
             self._spec_hash = file_hash(Path(self.options.steering).expanduser()) if self.options.steering else None
             self.tokenizer = load_tokenizer(self.options.tokenizer or model_name, self.options)
             self.model = load_model(model_name, self.options)
-            self.model.generation_config = neutral_config(self.model, self.tokenizer)
+            self._defaults = take_defaults(self.model, self.tokenizer, exact=self.options.exact)
             self.steerer = Steerer(self.model, blocks=self.options.blocks, allow_foreign=self.options.allow_foreign_vectors)
             self.steerer.compile(self.spec)
+            ends = self._defaults.end_ids
+            self.engine = Engine(self.steerer, self.tokenizer, end_ids=ends, max_rows=rows, memory_budget=budget, gemm=self.options.gemm)
             self.closed = False
             self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         # without an entry Inspect asks the provider, and so loads the model once more, unsteered, to learn its context length
         set_model_info(f"steered-hf/{model_name}", ModelInfo(context_length=self.context))
         # Inspect keys its output cache by base_url but not by the -M arguments: without this a cached reply would outlive its steering
         digest = self.spec.digest if self.spec else "unsteered"
-        self.base_url = f"{_BASE_URL}{content_hash([digest, self.options.model_dump(mode='json', exclude={'batch_size'})])[:16]}"
-        self._batcher = Batcher[Sequence[Row], list[Reply]](self._run, max_size=self.options.batch_size, size=len)
+        settings = self.options.model_dump(mode="json", exclude={"batch_size", "memory_budget"})
+        self.base_url = f"{_BASE_URL}{content_hash([digest, settings])[:16]}"
+        replier = Replier(self.engine, ends, exact=self.options.exact)
+        self._batcher = Batcher[Request, list[Reply]](replier.answer, max_size=rows or _AUTO_ROWS, size=lambda request: len(request.rows))
 
     async def generate(self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig) -> ModelOutput:
         """Return the model's reply to a conversation.
@@ -108,34 +119,43 @@ class SteeredHFAPI(ModelAPI):
             spec = self._request_spec(config)
             prompt = render_chat(self.tokenizer, [_plain(message) for message in input], prompt_format=self.options.prompt_format)
             tokens = tuple(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            length, limit = self._budget(len(tokens), config)
+            stop = tuple(s for s in config.stop_seqs or () if s)
             seed = config.seed if config.seed is not None else secrets.randbits(31)
-            rows = [self._row(tokens, spec, config, _row_seed(seed, prompt, choice)) for choice in range(config.num_choices or 1)]
-            replies = await self._batcher.submit(rows)
+            samplings = self._samplings(config, seed, prompt)
+            rows = tuple(GenerationRow(tokens, length, spec, sampling, stop) for sampling in samplings)
+            replies = await self._batcher.submit(Request(rows, limit))
         made = sum(reply.tokens for reply in replies)
         return ModelOutput(
             model=self.model_name,
             choices=[self._choice(reply) for reply in replies],
             usage=ModelUsage(input_tokens=len(tokens), output_tokens=made, total_tokens=len(tokens) + made),
-            metadata={"steering": spec.digest if spec else None} | ({"seed": seed} if rows[0].temperature > 0 else {}),
+            metadata={"steering": spec.digest if spec else None} | ({"seed": seed} if samplings[0].temperature > 0 else {}),
         )
 
     def _choice(self, reply: Reply) -> ChatCompletionChoice:
         message = ChatMessageAssistant(content=reply.text, model=self.model_name, source="generate")
         return ChatCompletionChoice(message=message, stop_reason=reply.reason)
 
-    def _row(self, tokens: tuple[int, ...], spec: SteeringSpec | None, config: GenerateConfig, seed: int) -> Row:
+    def _samplings(self, config: GenerateConfig, seed: int, prompt: str) -> list[Sampling]:
+        """Return how the tokens of each choice are chosen."""
+        count, penalty = config.num_choices or 1, self._defaults.repetition_penalty
         temperature, top_p, top_k = config.temperature or 0.0, 1.0 if config.top_p is None else config.top_p, config.top_k or 0
         if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
             raise ModelError(f"temperature={temperature}, top_p={top_p}, top_k={top_k}: allowed are temperature >= 0, 0 < top_p <= 1, top_k >= 0.")
-        if (config.num_choices or 1) > 1 and temperature == 0:
-            raise ModelError(f"num_choices={config.num_choices} with greedy decoding would repeat one reply. Set a temperature above 0.")
-        stop = tuple(s for s in config.stop_seqs or () if s)
-        return Row(tokens, spec, self._budget(len(tokens), config), temperature, top_p, top_k, seed, stop)
+        if temperature == 0:
+            if count > 1:
+                raise ModelError(f"num_choices={count} with greedy decoding would repeat one reply. Set a temperature above 0.")
+            return [Sampling(repetition_penalty=penalty)]  # without what greedy rows do not read, so that the engine sees which are alike
+        common = Sampling(temperature, top_k, top_p, repetition_penalty=penalty)
+        return [common._replace(seed=_row_seed(seed, prompt, choice)) for choice in range(count)]
 
     def _budget(self, prompt: int, config: GenerateConfig) -> tuple[int, StopReason]:
         wanted = config.max_tokens if config.max_tokens is not None else self.max_tokens()
         if wanted < 1:
             raise ModelError(f"max_tokens={wanted} leaves nothing to generate. Allowed: 1 or more.")
+        if not prompt:
+            raise ModelError("the conversation renders to an empty prompt. Check the chat template.")
         if self.context is None or prompt + wanted <= self.context:
             return wanted, "max_tokens"
         if prompt >= self.context:
@@ -164,45 +184,26 @@ class SteeredHFAPI(ModelAPI):
                 "Start again, give the new spec a name of its own, or use get_model(…, memoize=False)."
             )
 
-    def _run(self, requests: Sequence[Sequence[Row]]) -> list[list[Reply] | Exception]:
-        outcomes: list[list[Reply] | Exception] = [self._spec_problem(rows) or [] for rows in requests]
-        rows = [row for rows, outcome in zip(requests, outcomes, strict=True) if outcome == [] for row in rows]
-        replies = iter(self._generate(rows) if rows else [])
-        return [
-            outcome if isinstance(outcome, Exception) else [next(replies) for _ in rows] for rows, outcome in zip(requests, outcomes, strict=True)
-        ]
-
-    def _spec_problem(self, rows: Sequence[Row]) -> UserError | None:
-        # compiling attaches hooks, so it happens here, where no forward pass is under way
-        try:
-            self.steerer.compile(rows[0].spec)
-        except UserError as error:
-            return error
-        return None
-
-    def _generate(self, rows: Sequence[Row]) -> list[Reply]:
-        logger.debug("generating %d rows", len(rows))
-        try:
-            return generate_rows(self.steerer, self.tokenizer, rows)
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"out of memory with {len(rows)} rows of up to {max(len(r.tokens) for r in rows)} tokens. Lower -M batch_size."
-            ) from error
-
     def close(self) -> None:
         """Detach the hooks and let go of the model."""
         if not self.closed:
             self.steerer.close()
             self.closed = True
-            del self.model, self.steerer
+            del self.model, self.steerer, self.engine, self._batcher
 
     def max_tokens(self) -> int:
         """Return how many tokens are generated at most when a task does not say."""
         return 512
 
     def max_connections(self) -> int:
-        """Return the batch size: more requests at once would wait."""
-        return self.options.batch_size
+        """Return the batch size: more requests at once would wait. With ``batch_size=auto`` it is 64.
+
+        A step reads the weights once for all of its rows, so a row costs the less the more there are, until about there (35 M parameters, one
+        CPU thread, milliseconds a row: 24 for one row, 1.3 for 32, 1.0 for 64, 0.9 for 128). More would save little, and each request would
+        wait for a longer batch. ``--max-connections`` sets another number. Versions of Inspect with adaptive connections ask for this only
+        when those are off.
+        """
+        return self.options.max_rows() or _AUTO_CONNECTIONS
 
     def connection_key(self) -> str:
         """Return a key of the loaded model's own: no two share connections."""

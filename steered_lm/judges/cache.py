@@ -167,6 +167,11 @@ class CachedJudge:
         """The wrapped judge's identity: a cache does not change a verdict."""
         return self._judge.identity
 
+    @property
+    def remote(self) -> bool:
+        """Whether the wrapped judge waits for somebody else's answer."""
+        return bool(getattr(self._judge, "remote", False))
+
     def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
         """Return one verdict a request, in order; requests that repeat are judged once, finished scores are kept even when the batch fails."""
         keys = [request_key(self.identity, r) for r in requests]

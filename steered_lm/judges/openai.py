@@ -106,6 +106,8 @@ class _Completion(NamedTuple):
 class OpenAIJudge:
     """Asks a model for a persona-fit score of 1 to 5; what is not a plain integer score is missing with its reason."""
 
+    remote = True
+
     def __init__(self, endpoint: Endpoint, persona: str, *, rubric: Rubric | None = None) -> None:
         """Judge against a persona's description.
 

@@ -1,0 +1,313 @@
+"""What the benchmarks share: random Llama shapes, prompts and texts, a tokenizer made at run time, steering specs, and interleaved timing."""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import transformers as hf
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from steered_lm.steering.spec import SteeringSpec, VectorsRef
+from steered_lm.steering.vectors import ResidualNorm, TraitVectors, VectorsMeta, model_fingerprint
+
+CONSOLE = Console(width=150)
+# What is added, as a share of the residual stream's norm.
+STRENGTH = 0.15
+TRAITS = ("self_other_focus", "formality", "relationship_distance", "narrative_mode", "emotional_tone")
+
+SYSTEM = "You answer as yourself, warmly and to the point. Take two or three sentences, name one concrete example, and stay in the role you were given. "
+FORMS = (
+    "What is the first thing that you would tell a beginner about {}?",
+    "My sister and I disagree about {}, and it comes up at every family dinner. How would you settle it without taking a side?",
+    "Describe {} to somebody who has never seen it.",
+    "Do you like {}?",
+    "Two colleagues of mine have stopped talking to each other because of {}; what should I say to them on Monday morning?",
+    "Which mistake do most people make with {}, even after years of practice?",
+    "Write a short note that invites a friend to talk about {}.",
+    "Is {} worth the money and the time that it takes, if one is honest about it?",
+)
+TOPICS = (
+    "growing tomatoes on a balcony", "old maps", "long train journeys", "baking bread at home", "keeping a diary", "repairing a bicycle",
+    "winter swimming", "choir rehearsals", "moving to a small town", "second-hand furniture", "bird watching", "evening classes",
+)  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """A Llama shape and the block whose output is steered, at about 70 % of the depth."""
+
+    width: int
+    blocks: int
+    heads: int
+    key_heads: int
+    hidden: int
+    vocabulary: int
+    layer: int
+
+
+SHAPES = {
+    "xs": Shape(256, 6, 4, 2, 704, 4096, 4),
+    "s": Shape(512, 8, 8, 4, 1408, 8192, 5),
+    "m": Shape(768, 12, 12, 4, 2048, 16384, 8),
+}
+
+
+def random_llama(size: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """Return a random model that never stops early unless it is told how."""
+    shape = SHAPES[size]
+    config = hf.LlamaConfig(
+        hidden_size=shape.width,
+        num_hidden_layers=shape.blocks,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        intermediate_size=shape.hidden,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        # larger than usual: with the usual one, random models repeat a token for ever
+        initializer_range=0.06,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = hf.LlamaForCausalLM(config).eval().to(dtype)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def end_tokens(size: str) -> list[int]:
+    """Return a sixtieth of the vocabulary, so that rows end early here and there."""
+    return list(range(200, 200 + SHAPES[size].vocabulary // 60))
+
+
+class Words:
+    """Made-up words, a few of them frequent and most of them rare, as in a language."""
+
+    def __init__(self, seed: int = 0, size: int = 6000) -> None:
+        lexicon, self._random = random.Random(0), random.Random(seed)
+        syllables = [a + b + c for a, b, c in product(("b", "d", "f", "k", "l", "m", "n", "r", "sh", "t", "v"), "aeiou", ("", "l", "n", "s"))]
+        made: dict[str, None] = {}
+        while len(made) < size:
+            # frequent words are short
+            made["".join(lexicon.choices(syllables, k=lexicon.randint(1, 2 + 2 * len(made) // size)))] = None
+        self._words = list(made)
+
+    def text(self, low: int, high: int | None = None) -> str:
+        """Return between ``low`` and ``high`` words."""
+        count = self._random.randint(low, high or low)
+        return " ".join(self._words[min(int(self._random.paretovariate(0.6)) - 1, len(self._words) - 1)] for _ in range(count))
+
+
+def train_tokenizer(vocabulary: int) -> Any:
+    """Return a byte-level BPE tokenizer that was trained on the prompts and on made-up text."""
+    words = Words(seed=1)
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    inner.train_from_iterator([*prompt_texts(len(FORMS) * len(TOPICS)), *(words.text(300) for _ in range(300))], trainer)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left")
+
+
+def prompt_texts(count: int) -> list[str]:
+    """Return distinct prompts: one system turn for all, then a question; at most 96."""
+    questions = [FORMS[i % len(FORMS)].format(TOPICS[(i % len(FORMS) + i // len(FORMS)) % len(TOPICS)]) for i in range(count)]
+    assert len(set(questions)) == count, "there are not so many distinct questions"
+    return [f"<s>{SYSTEM}User: {question}\nAssistant:" for question in questions]
+
+
+def prompts(tokenizer: Any, count: int) -> list[tuple[int, ...]]:
+    """Return the prompts' tokens."""
+    return [tuple(tokenizer(text).input_ids) for text in prompt_texts(count)]
+
+
+class Steering(NamedTuple):
+    """Random candidates: their specs, and the vector that each adds at block ``layer``, for designs that are written by hand."""
+
+    layer: int
+    specs: list[SteeringSpec]
+    vectors: list[Tensor]
+
+
+def random_steering(model: Any, tokens: Sequence[int], layer: int, count: int, positions: str, folder: Path, seed: int = 0) -> Steering:
+    """Return ``count`` mixtures of five orthonormal directions, each ``STRENGTH`` of the residual norm that ``tokens`` have at ``layer``."""
+    generator = torch.Generator().manual_seed(seed)
+    width = model.config.hidden_size
+    basis, _ = torch.linalg.qr(torch.randn(width, len(TRAITS), generator=generator))
+    norm = float(_residual_norm(model, tokens, layer))
+    meta = VectorsMeta(
+        library_version="0",
+        model_id="random",
+        model_fingerprint=model_fingerprint(model),
+        d_model=width,
+        n_layers=model.config.num_hidden_layers,
+        layers=(layer,),
+        traits=TRAITS,
+        method="random",
+        pooling="response_mean",
+        residual_norms={layer: ResidualNorm(all=norm, prompt=norm, response=norm)},
+    )
+    path = folder / f"vectors-{layer}-{seed}.safetensors"
+    vectors = TraitVectors({(trait, layer): basis[:, i].contiguous() for i, trait in enumerate(TRAITS)}, meta)
+    reference = VectorsRef.to(vectors.save(path))
+    draws = torch.randn(count, len(TRAITS), generator=generator)
+    draws = draws / draws.norm(dim=1, keepdim=True)
+    specs = [
+        SteeringSpec(
+            vectors=reference, weights=dict(zip(TRAITS, row, strict=True)), layers=(layer,), alpha=STRENGTH, unit="residual", positions=positions
+        )
+        for row in draws.tolist()
+    ]
+    return Steering(layer, specs, list((STRENGTH * norm * draws @ basis.T).to(model.dtype)))
+
+
+def _residual_norm(model: Any, tokens: Sequence[int], layer: int) -> Tensor:
+    seen: list[Tensor] = []
+    handle = model.model.layers[layer].register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        with torch.inference_mode():
+            model(torch.tensor([list(tokens)]))
+    finally:
+        handle.remove()
+    return seen[0][0].float().norm(dim=-1).median()
+
+
+class HandHook:
+    """The few lines that people write: adds ``vector`` (``[d_model]`` or ``[rows, 1, d_model]``) at one block's output.
+
+    With ``response`` only the last column of a prompt pass is steered, which is the last prompt token when the padding is on the left.
+    """
+
+    def __init__(self, model: Any, layer: int, positions: str) -> None:
+        self.vector: Tensor | None = None
+        self._response = positions == "response"
+        self._handle = model.model.layers[layer].register_forward_hook(self._steer)
+
+    def _steer(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.vector is None:
+            return None
+        if not self._response or output.shape[1] == 1:
+            return output + self.vector
+        return torch.cat([output[:, :-1], output[:, -1:] + self.vector], dim=1)
+
+    def close(self) -> None:
+        self._handle.remove()
+
+    @contextmanager
+    def adding(self, vector: Tensor) -> Iterator[None]:
+        """Add ``vector`` inside the ``with`` block."""
+        self.vector = vector
+        try:
+            yield
+        finally:
+            self.vector = None
+
+
+class Cost(NamedTuple):
+    """Seconds of one run: by the clock, and of the processor, which other programs on the machine do not lengthen by taking turns."""
+
+    wall: float
+    cpu: float
+
+
+class Run(NamedTuple):
+    """What one design took in each round, and what it returned in the last."""
+
+    costs: list[Cost]
+    output: Any
+
+    def seconds(self, clock: str = "cpu") -> float:
+        """Return the median."""
+        return statistics.median(getattr(cost, clock) for cost in self.costs)
+
+
+def timed(work: Callable[[], Any]) -> tuple[Cost, Any]:
+    """Run ``work`` once."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    output = work()
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu), output
+
+
+def interleaved(designs: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, Run]:
+    """Run every design once a round, in turns, so that a slow spell of the machine meets all of them; designs are told the round.
+
+    Every other round goes backwards: no design always runs after the same one.
+    """
+    costs: dict[str, list[Cost]] = {name: [] for name in designs}
+    outputs: dict[str, Any] = {}
+    for number in range(rounds):
+        names = list(designs) if number % 2 == 0 else list(designs)[::-1]
+        for name in names:
+            cost, outputs[name] = timed(lambda name=name, number=number: designs[name](number))
+            costs[name].append(cost)
+    return {name: Run(costs[name], outputs[name]) for name in designs}
+
+
+def ratio(slow: Run, fast: Run, clock: str = "cpu") -> float:
+    """Return the median over rounds of what ``slow`` took over what ``fast`` took."""
+    return statistics.median(getattr(a, clock) / getattr(b, clock) for a, b in zip(slow.costs, fast.costs, strict=True))
+
+
+def equal_rows(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> tuple[int, float]:
+    """Return how many rows are equal, and the share of tokens at the same place that are."""
+    places = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=False)]
+    return sum(list(x) == list(y) for x, y in zip(one, other, strict=True)), sum(a == b for a, b in places) / len(places)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    return {
+        "torch": torch.__version__,
+        "transformers": hf.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    CONSOLE.print(table)
+
+
+def options(description: str | None, default_json: str) -> argparse.ArgumentParser:
+    """Return a parser with what all benchmarks take."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="everything, in as many rounds as it takes to trust the numbers")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=Path("bench") / default_json, help="where the numbers go")
+    return parser
+
+
+def write(path: Path, data: Any) -> None:
+    """Write the numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    CONSOLE.print(f"wrote {path}")
