@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers as hf
 from tiny_models import FAMILIES, random_model, spec_for, vectors_for
 
 from steered_lm.errors import SpecError, VectorsError
@@ -38,6 +39,23 @@ def scored(model, rows, contexts, specs, side="right"):
     with Steerer(model) as steerer, steerer.batch(specs, layout):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
     return [logits[i][mask[i].bool()] for i in range(len(rows))]
+
+
+@pytest.mark.parametrize("kind", [hf.MambaConfig, hf.Mamba2Config])
+@pytest.mark.filterwarnings("ignore:.*mamba_ssm.*")
+def test_recurrent_models_are_steered_at_every_response_token_with_and_without_their_state(kind, tmp_path):
+    sizes = {"num_heads": 8, "head_dim": 8, "n_groups": 2} if kind is hf.Mamba2Config else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = kind(
+            hidden_size=32, num_hidden_layers=3, vocab_size=64, state_size=16, initializer_range=0.2, pad_token_id=0, eos_token_id=None, **sizes
+        )
+        model = hf.AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    spec = spec_for(model, tmp_path, alpha=6.0)
+    kept = generate(model, PROMPTS[:1], [spec])
+    assert kept == generate(model, PROMPTS[:1], [spec], use_cache=False)
+    assert kept != generate(model, PROMPTS[:1], [None])
 
 
 @torch.no_grad()

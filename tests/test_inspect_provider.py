@@ -305,6 +305,23 @@ def test_draws_follow_temperature_top_k_and_top_p():
         assert ((drawn - wanted).abs() <= 4 * (wanted * (1 - wanted) / 4000).sqrt()).all()
 
 
+def test_a_model_that_the_engine_does_not_take_is_answered_in_ordinary_batches_by_the_same_rules(tmp_path, caplog):
+    tokenizer = hf.AutoTokenizer.from_pretrained(save_chat_model(tmp_path))
+    config = hf.MambaConfig(hidden_size=32, num_hidden_layers=3, state_size=4, vocab_size=len(tokenizer), initializer_range=0.3, eos_token_id=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = hf.MambaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    requests = [request(prompt, max_tokens=4 + number) for number, prompt in enumerate(PROMPTS)]
+    reference = [output.completion for output in ask(SteeredHFAPI(str(tmp_path), exact=True), *requests)]
+    assert len({*reference, ""}) == len(PROMPTS) + 1
+    model.generation_config.update(suppress_tokens=tokenizer(reference[0], add_special_tokens=False)["input_ids"])
+    model.save_pretrained(tmp_path)
+    assert text(SteeredHFAPI(str(tmp_path), exact=True), PROMPTS[0]) != reference[0]
+    assert [output.completion for output in ask(SteeredHFAPI(str(tmp_path)), *requests)] == reference
+    assert len([record for record in caplog.records if "runs in ordinary batches" in record.getMessage()]) == 1
+
+
 def test_a_reply_ends_before_a_stop_sequence_even_across_tokens(plain):
     whole = text(plain, PROMPTS[0])
     stop = whole[4:9]

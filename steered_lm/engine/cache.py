@@ -147,6 +147,13 @@ class EngineCache(Cache):
                 assert held is not None
                 held[list(targets), :, visible] = held[list(sources), :, visible]
 
+    def clear(self, rows: Sequence[int]) -> None:
+        """Set all columns of ``rows`` to zero, for whoever comes next: attention multiplies even masked values, and a NaN would stay one."""
+        for block in self.block_caches:
+            for held in (block.keys, block.values):
+                assert held is not None
+                held[list(rows)] = 0
+
     def rebase(self, rows: int, end: int) -> None:
         """Move the visible columns of the first ``rows`` rows so that they end at column ``end``."""
         low, width = self.columns.low, self.columns.visible

@@ -1,9 +1,11 @@
 """The engine: rows and requests in, text and log-likelihoods out, as if each had run by itself."""
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from steered_lm.engine.forward import Forward
 from steered_lm.engine.gemm import Gemm, onednn_linear
 from steered_lm.engine.generate import Population
-from steered_lm.engine.memory import Footprint, fit_generation, fit_scoring, free_bytes
+from steered_lm.engine.memory import Footprint, fit_generation, fit_scoring, free_bytes, mebibytes
 from steered_lm.engine.plain import generate_plain, score_plain
 from steered_lm.engine.report import EngineReport
 from steered_lm.engine.rows import Generated, GenerationRow, Scored, ScoreRequest
@@ -20,7 +22,8 @@ from steered_lm.engine.score import TreeScorer
 from steered_lm.engine.sites import SpecSites
 from steered_lm.engine.stops import Stops
 from steered_lm.engine.support import Support, inspect_model
-from steered_lm.engine.tree import build_contexts
+from steered_lm.engine.tree import build_contexts, check_requests
+from steered_lm.errors import ModelError
 from steered_lm.steering.compile import CompiledSpec
 from steered_lm.steering.hooks import Steerer, Table
 from steered_lm.steering.spec import SteeringSpec
@@ -124,6 +127,7 @@ class Engine:
             ModelError: when not even one context fits the memory budget.
             SpecError, VectorsError: when a spec does not fit the model.
         """
+        check_requests(requests, max_length)
         found: dict[int, Scored] = {}
 
         def tell(numbers: Sequence[int], scored: Sequence[Scored]) -> None:
@@ -149,63 +153,125 @@ class Engine:
             generate_plain(self.steerer, rows, stops, self.max_rows or _PLAIN_ROWS, tell)
             self.report.decode_seconds += perf_counter() - started
             return
+        missing = dict(enumerate(rows))
+
+        def note(numbers: Sequence[int], number: int, generated: Generated) -> None:
+            del missing[numbers[number]]
+            tell(numbers[number], generated)
+
+        most = self.max_rows
+        while missing:
+            numbers = list(missing)
+            try:
+                self._generate_planned([missing[n] for n in numbers], most, stops, partial(note, numbers))
+            except torch.OutOfMemoryError:
+                most = self._fewer(most or len(numbers))
+
+    def _generate_planned(self, rows: Sequence[GenerationRow], most_rows: int | None, stops: Stops, done: Callable[[int, Generated], None]) -> None:
         sites, numbers = self._sites([row.spec for row in rows])
-        vocabulary = self._forward.head.weight.shape[0]
         fit = fit_generation(
             rows,
             Footprint.of(self._forward, self.support.cache_bytes),
             self._budget(),
-            most_rows=self.max_rows,
+            most_rows=most_rows,
             early=any(sites.early[n] for n in numbers),
             sampled=any(row.sampling.temperature > 0 for row in rows),
             prefixes=self.support.window is None,
+            shared=self.support.sharing,
         )
+        logger.debug("%d rows, %d at once, %s planned", len(rows), fit.plan.rows, mebibytes(fit.bytes))
         tables: dict[int, Table] = {}
-        run = Population(self._forward, sites, tables, rows, numbers, fit.plan, stops, tell)
-        with self.report.peak(self._forward.device, fit.bytes), self.steerer.running(tables, sites.layers):
-            run.run(int(vocabulary))
-        self.report.add_generation(run.cost)
+        run = Population(self._forward, sites, tables, rows, numbers, fit.plan, stops, done)
+        try:
+            with self.report.peak(self._forward.device, fit.bytes), self.steerer.running(tables, sites.layers):
+                run.run(int(self._forward.head.weight.shape[0]))
+        finally:
+            self.report.add_generation(run.cost)
+
+    def _fewer(self, rows: int) -> int:
+        """Return half as many rows after the device ran out of memory, which the plan did not foresee.
+
+        Raises:
+            ModelError: when there was only one.
+        """
+        if rows == 1:
+            raise ModelError(
+                "the device is out of memory with a single row. Use a smaller dtype, shorter prompts, or a lower max_gen_toks."
+            ) from None
+        torch.cuda.empty_cache()
+        logger.warning("out of memory with %d rows at once: going on with %d; a memory_budget would say so beforehand", rows, rows // 2)
+        return rows // 2
 
     def _score(self, requests: Sequence[ScoreRequest], max_length: int, tell: Callable[[Sequence[int], Sequence[Scored]], None]) -> None:
         started = perf_counter()
-        sites, numbers = self._sites([request.spec for request in requests])
-        contexts, places = build_contexts(requests, numbers, max_length)
-        windowed = self.support.window is not None and any(len(c.key.tokens) + sum(map(len, c.continuations)) > self.support.window for c in contexts)
-        obstacle = self.support.scoring or ("texts are longer than its attention window" if windowed else None)
-        if not self._works(obstacle):
+        window = self.support.window
+        windowed = window is not None and any(len(r.context) + len(r.continuation) > window for r in requests)
+        if not self._works(self.support.scoring or ("texts are longer than its attention window" if windowed else None)):
             score_plain(self.steerer, requests, max_length, self.max_rows or _PLAIN_ROWS, self.softmax_dtype, tell)
             self.report.score_seconds += perf_counter() - started
             return
-        askers: dict[int, list[int]] = {}
-        for number, place in enumerate(places):
-            askers.setdefault(place.context, []).append(number)
+        missing = dict(enumerate(requests))
 
-        def done(context: int, specs: Sequence[int], results: list[list[Scored]]) -> None:
-            order = {spec: i for i, spec in enumerate(specs)}
-            mine = [n for n in askers[context] if places[n].spec in order]
-            tell(mine, [results[order[places[n].spec]][places[n].continuation] for n in mine])
+        def note(order: Sequence[int], numbers: Sequence[int], scored: Sequence[Scored]) -> None:
+            for number in numbers:
+                del missing[order[number]]
+            tell([order[number] for number in numbers], scored)
+
+        most = self.max_rows
+        while missing:
+            order = list(missing)
+            try:
+                self._score_planned([missing[n] for n in order], most, max_length, partial(note, order))
+            except torch.OutOfMemoryError:
+                most = self._fewer(most or len({(requests[n].context, requests[n].split) for n in order}))
+        self.report.score_seconds += perf_counter() - started
+
+    def _score_planned(
+        self, requests: Sequence[ScoreRequest], most: int | None, max_length: int, done: Callable[[Sequence[int], Sequence[Scored]], None]
+    ) -> None:
+        sites, numbers = self._sites([request.spec for request in requests])
+        contexts, places = build_contexts(requests, numbers, max_length)
+        askers: dict[tuple[int, int], list[int]] = {}
+        for number, place in enumerate(places):
+            askers.setdefault((place.context, place.spec), []).append(number)
+
+        broken: list[int] = []
+
+        def note(context: int, specs: Sequence[int], results: list[list[Scored]]) -> None:
+            for spec, row in zip(specs, results, strict=True):
+                mine = askers[context, spec]
+                # attention multiplies even what is masked, so that one branch's NaN reaches the others
+                if len(row) > 1 and any(math.isnan(scored.loglikelihood) for scored in row):
+                    broken.extend(mine)
+                else:
+                    done(mine, [row[places[n].continuation] for n in mine])
 
         footprint = Footprint.of(self._forward, self.support.cache_bytes)
-        budget = self._budget()
-        plan = fit_scoring(contexts, footprint, budget, most_contexts=self.max_rows, prefixes=self.support.window is None)
+        plan = fit_scoring(contexts, footprint, self._budget(), most_contexts=most, prefixes=self.support.window is None)
         tables: dict[int, Table] = {}
         run = TreeScorer(self._forward, sites, tables, plan, self.softmax_dtype)
-        with self.report.peak(self._forward.device, None), self.steerer.running(tables, sites.layers):
-            run.run(contexts, done)
-        self.report.score_seconds += perf_counter() - started
-        self.report.add_scoring(run.cost)
+        try:
+            with self.report.peak(self._forward.device, None), self.steerer.running(tables, sites.layers):
+                run.run(contexts, note)
+        finally:
+            self.report.add_scoring(run.cost)
+        if broken:
+            apart = [requests[n] for n in broken]
+            size = self.max_rows or _PLAIN_ROWS
+            score_plain(self.steerer, apart, max_length, size, self.softmax_dtype, lambda some, scored: done([broken[n] for n in some], scored))
 
     def _sites(self, specs: Sequence[SteeringSpec | None]) -> tuple[SpecSites, list[int]]:
         """Return the distinct specs that act, stacked, and each row's number among them."""
         compiled: dict[str, CompiledSpec] = {}
-        digests: list[str] = []
+        known: dict[int, int] = {}
         for spec in specs:
-            found = self.steerer.compile(spec)
-            digest = found.digest if found.sites else "unsteered"
-            compiled.setdefault(digest, found)
-            digests.append(digest)
-        order = {digest: number for number, digest in enumerate(compiled)}
-        return SpecSites(list(compiled.values()), len(self._forward.blocks), self.steerer.d_model), [order[digest] for digest in digests]
+            # by identity first: a population asks for the same few objects thousands of times
+            if id(spec) not in known:
+                found = self.steerer.compile(spec)
+                digest = found.digest if found.sites else "unsteered"
+                compiled.setdefault(digest, found)
+                known[id(spec)] = list(compiled).index(digest)
+        return SpecSites(list(compiled.values()), len(self._forward.blocks), self.steerer.d_model), [known[id(spec)] for spec in specs]
 
     def _budget(self) -> int:
         return self.memory_budget if self.memory_budget is not None else free_bytes(self._forward.device)
@@ -221,8 +287,9 @@ def _twins(rows: Sequence[GenerationRow]) -> dict[int, deque[int]]:
     """Return for each row that has to run the rows that get its continuation: greedy rows that are alike get the same one."""
     first: dict[object, int] = {}
     twins: dict[int, deque[int]] = {}
+    specs = {id(row.spec): row.spec for row in rows}
+    digests = {key: spec.digest if spec is not None else None for key, spec in specs.items()}
     for number, row in enumerate(rows):
-        digest = row.spec.digest if row.spec is not None else None
-        leader = first.setdefault((row._replace(spec=None), digest), number)
+        leader = first.setdefault((row._replace(spec=None), digests[id(row.spec)]), number)
         twins.setdefault(leader, deque()).append(number)
     return twins

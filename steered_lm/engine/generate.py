@@ -1,6 +1,7 @@
 """Generation for a whole population: prompts once, rows that come and go, one step for all of them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steered_lm.engine.attention import SharedPrompts, reading
 from steered_lm.engine.cache import EngineCache
 from steered_lm.engine.forward import Fork, Forward
 from steered_lm.engine.rows import Ended, Generated, GenerationRow
@@ -30,11 +32,13 @@ class GenerationPlan(NamedTuple):
         rows: most rows in a step.
         prompt_tokens: most tokens, rows times width, in a pass over prompts.
         prefixes: whether the tokens that all prompts begin with run on their own.
+        shared: whether rows read one copy of their prompt (:class:`SharedPrompts`); nothing of it may be steered but the last token.
     """
 
     rows: int
     prompt_tokens: int
     prefixes: bool = True
+    shared: bool = False
 
 
 @dataclass
@@ -55,6 +59,8 @@ class _Batch:
 
     cache: EngineCache
     mask: Int[Tensor, "slots columns"]
+    shared: SharedPrompts | None = None
+    prompts: dict[tuple[int, ...], int] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     feed: list[int] = field(default_factory=list)
@@ -103,7 +109,8 @@ class Population:
         self._split = torch.tensor([len(row.tokens) - 1 for row in rows])
         self._written: list[list[int]] = [[] for _ in rows]
         self._blocks = len(forward.blocks)
-        self._widest = max(len(row.tokens) for row in rows)
+        # columns before a row's first new token: its prompt's, unless that is kept elsewhere
+        self._before = 0 if plan.shared else max(len(row.tokens) for row in rows)
         self.cost = GenerationCost()
 
     def run(self, vocabulary: int) -> None:
@@ -113,9 +120,10 @@ class Population:
         # rows of one prompt stay together, so that it runs once for as many of them as fit; long ones first
         waiting = sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), rows[i].tokens, self._sites.early[self._numbers[i]]), reverse=True)
         slots = min(len(rows), plan.rows)
-        capacity = columns(rows, slots)
-        cache = EngineCache(self._blocks, capacity, rows=slots, end=self._widest)
-        batch = _Batch(cache, torch.zeros(slots, capacity, dtype=torch.int64, device=self._forward.device))
+        capacity = columns(rows, slots, shared=plan.shared)
+        cache = EngineCache(self._blocks, capacity, rows=slots, end=self._before)
+        shared = SharedPrompts(self._blocks) if plan.shared else None
+        batch = _Batch(cache, torch.zeros(slots, capacity, dtype=torch.int64, device=self._forward.device), shared)
         while waiting or batch.rows:
             free = slots - len(batch.rows)
             if waiting and (not batch.rows or free >= max(1, slots // 8)):
@@ -131,14 +139,17 @@ class Population:
 
     def _refill(self, batch: _Batch, rows: list[int], sampler: Sampler) -> None:
         if not batch.rows:
-            batch.cache.columns.low = batch.cache.columns.end = self._widest
+            batch.cache.columns.low = batch.cache.columns.end = self._before
         for part in self._parts(rows):
+            self.cost.prompt_passes += 1
+            if batch.shared is not None:
+                self._share(batch, batch.shared, part)
+                continue
             prompts = self._prompts(part)
             tokens, broken = sampler.choose(prompts.logits, part)
             kept = [place for place, row in enumerate(part) if not self._append(row, tokens[place], broken[place])]
             if kept:
                 self._admit(batch, prompts, part, kept, tokens)
-            self.cost.prompt_passes += 1
             self.cost.cache_bytes = max(self.cost.cache_bytes, batch.cache.nbytes + prompts.cache.nbytes)
         self._settle(batch, list(range(len(batch.rows))))
 
@@ -170,8 +181,29 @@ class Population:
             return self._shared_prompts(rows, prompts, sequence, prefix)
         return self._own_prompts(rows, prompts, sequence, prefix)
 
-    def _shared_prompts(self, rows: Sequence[int], prompts: list[tuple[int, ...]], sequence: Tensor, prefix: int) -> _Prompts:
-        """Nothing is steered before the last prompt token: all that precedes it runs once per prompt, through every block."""
+    def _share(self, batch: _Batch, shared: SharedPrompts, rows: Sequence[int]) -> None:
+        """Run prompts but for their last token, which is each row's first step, and keep one copy of each."""
+        read = sorted({batch.prompts[self._rows[row].tokens] for row in batch.rows})
+        kept = {tokens: read.index(number) for tokens, number in batch.prompts.items() if number in read}
+        new = [tokens for tokens in dict.fromkeys(self._rows[row].tokens for row in rows) if tokens not in kept]
+        cache: EngineCache | None = None
+        mask: Tensor | None = None
+        if new:
+            prefix = _common(new) if self._plan.prefixes and len(new) > 1 else 0
+            cache, mask = self._unsteered(new, prefix if prefix >= _PREFIX else 0)
+            self.cost.cache_bytes = max(self.cost.cache_bytes, batch.cache.nbytes + shared.nbytes + cache.nbytes)
+        shared.replace(read, cache, mask)
+        batch.prompts = kept | {tokens: len(read) + number for number, tokens in enumerate(new)}
+        batch.mask[len(batch.rows) : len(batch.rows) + len(rows)] = 0
+        for row in rows:
+            tokens = self._rows[row].tokens
+            batch.rows.append(row)
+            batch.starts.append(batch.cache.columns.end)
+            batch.feed.append(tokens[-1])
+            batch.positions.append(len(tokens) - 1)
+
+    def _unsteered(self, prompts: list[tuple[int, ...]], prefix: int) -> tuple[EngineCache, Tensor]:
+        """Run prompts but for their last token through all blocks, without steering, with room for that token."""
         ids, mask, positions = _padded([tokens[prefix:-1] for tokens in prompts], prefix, self._forward.device)
         cache = EngineCache(self._blocks, prefix + ids.shape[1] + 1)
         self._tables.clear()
@@ -180,11 +212,15 @@ class Population:
             cache.select(torch.zeros(len(prompts), dtype=torch.int64), range(self._blocks))
         if ids.shape[1]:
             self._forward.last(ids, mask, positions, cache)
-        upper = range(self._sites.fork + 1, self._blocks)
-        if ids.shape[1] or prefix:
-            cache.select(sequence, upper)
-        last = torch.tensor([[tokens[-1]] for tokens in prompts], device=ids.device)
-        place = torch.tensor([[len(tokens) - 1] for tokens in prompts], device=ids.device)
+        return cache, mask
+
+    def _shared_prompts(self, rows: Sequence[int], prompts: list[tuple[int, ...]], sequence: Tensor, prefix: int) -> _Prompts:
+        """Nothing is steered before the last prompt token: all that precedes it runs once per prompt, through every block."""
+        cache, mask = self._unsteered(prompts, prefix)
+        if cache.columns.visible:
+            cache.select(sequence, range(self._sites.fork + 1, self._blocks))
+        last = torch.tensor([[tokens[-1]] for tokens in prompts], device=mask.device)
+        place = torch.tensor([[len(tokens) - 1] for tokens in prompts], device=mask.device)
         mask = torch.cat([mask, torch.ones_like(last)], dim=1)
         self._steer(rows, place[sequence])
         logits = self._forward.last(last, mask, place, cache, Fork(self._sites.fork, sequence))
@@ -258,13 +294,16 @@ class Population:
         self._tables.clear()
         self._tables.update(batch.tables)
         ids = torch.tensor(batch.feed, device=device)[:, None]
-        logits = self._forward.last(ids, batch.mask[:live, low : end + 1], positions, cache)
+        with reading(batch.shared) if batch.shared is not None else nullcontext():
+            logits = self._forward.last(ids, batch.mask[:live, low : end + 1], positions, cache)
         tokens, broken = sampler.choose(logits, batch.rows)
         batch.feed = tokens
         batch.positions = [position + 1 for position in batch.positions]
         self.cost.steps += 1
         self.cost.row_steps += live
         kept = [slot for slot, row in enumerate(batch.rows) if not self._append(row, tokens[slot], broken[slot])]
+        if any(broken):
+            cache.clear([slot for slot in range(live) if broken[slot]])
         if len(kept) < live:
             self._settle(batch, kept)
 
@@ -284,13 +323,15 @@ class Population:
         batch.feed, batch.positions = [batch.feed[i] for i in order], [batch.positions[i] for i in order]
         if batch.rows:
             batch.cache.columns.low = min(batch.starts)
+            if batch.shared is not None:
+                batch.shared.assign([batch.prompts[self._rows[row].tokens] for row in batch.rows])
             chosen = torch.tensor(batch.rows)
             batch.tables = self._sites.tables(self._numbers[chosen], self._split[chosen], torch.zeros(count, 1, dtype=torch.int64))
 
     def _rebase(self, batch: _Batch) -> None:
         columns, live = batch.cache.columns, len(batch.rows)
         low, width = columns.low, columns.visible
-        end = max(width, self._widest)
+        end = max(width, self._before)
         assert end < columns.end, "the cache has no room for the next token"
         held = batch.mask[:live, low : low + width].clone()
         batch.cache.rebase(live, end)
@@ -308,9 +349,9 @@ class Population:
         return ended is not None
 
 
-def columns(rows: Sequence[GenerationRow], slots: int) -> int:
-    """Return how many columns the cache of a run needs when ``slots`` rows run at once."""
-    widest, longest = max(len(row.tokens) for row in rows), max(row.max_new_tokens for row in rows)
+def columns(rows: Sequence[GenerationRow], slots: int, *, shared: bool = False) -> int:
+    """Return how many columns the cache of a run needs when ``slots`` rows run at once; with shared prompts, of which only the last token counts."""
+    widest, longest = 1 if shared else max(len(row.tokens) for row in rows), max(row.max_new_tokens for row in rows)
     return widest + longest + (_SLACK if len(rows) > slots else 0)
 
 

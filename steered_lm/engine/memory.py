@@ -71,7 +71,15 @@ def _container_bytes() -> int:
 
 
 def fit_generation(
-    rows: Sequence[GenerationRow], footprint: Footprint, budget: int, *, most_rows: int | None, early: bool, sampled: bool, prefixes: bool
+    rows: Sequence[GenerationRow],
+    footprint: Footprint,
+    budget: int,
+    *,
+    most_rows: int | None,
+    early: bool,
+    sampled: bool,
+    prefixes: bool,
+    shared: bool,
 ) -> Fit:
     """Return the largest plan that stays within a budget.
 
@@ -83,6 +91,7 @@ def fit_generation(
         early: whether prompts are steered, so that each row's blocks above the fork run over its whole prompt.
         sampled: whether any row samples, which takes float64 copies of its scores.
         prefixes: whether common beginnings may run on their own.
+        shared: whether rows can read one copy of their prompt; it is done when there are fewer prompts than rows.
 
     Raises:
         ModelError: when not even one row fits.
@@ -92,11 +101,16 @@ def fit_generation(
     per_token = footprint.cache + footprint.activation
     scores = footprint.scores * (5 if sampled else 1)
 
+    distinct = len({row.tokens for row in rows})
+    # a row reads its prompt beside its own tokens, which costs a little: not worth it for a row alone
+    shared = shared and not early and 2 * distinct <= len(rows) and min(len(row.tokens) for row in rows) > 1
+
     def need(slots: int) -> tuple[int, int]:
-        prompts = slots if early else min(slots, len({row.tokens for row in rows}))
+        prompts = slots if early else min(slots, distinct)
         tokens = max(widest, min(prompts * widest, _PROMPT_TOKENS))
-        step = slots * (columns(rows, slots) * footprint.cache + footprint.activation + scores)
-        return step + tokens * per_token, tokens
+        step = slots * (columns(rows, slots, shared=shared) * footprint.cache + footprint.activation + scores)
+        copies = prompts * widest * footprint.cache if shared else 0
+        return step + copies + tokens * per_token, tokens
 
     slots = wanted
     while slots > 1 and need(slots)[0] > budget:
@@ -107,7 +121,7 @@ def fit_generation(
             f"one row of {columns(rows, 1)} tokens needs {mebibytes(bytes_needed)} beside the model's weights and the memory budget is "
             f"{mebibytes(budget)}. Raise memory_budget, shorten the prompts, or lower max_gen_toks."
         )
-    return Fit(GenerationPlan(slots, tokens, prefixes), bytes_needed)
+    return Fit(GenerationPlan(slots, tokens, prefixes, shared), bytes_needed)
 
 
 def fit_scoring(contexts: Sequence[Context], footprint: Footprint, budget: int, *, most_contexts: int | None, prefixes: bool) -> ScorePlan:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from steered_lm.engine.attention import SharedPrompts, reading
 from steered_lm.engine.cache import EngineCache
 from steered_lm.engine.forward import Fork, Forward, tensors
 
@@ -24,12 +25,14 @@ class Support(NamedTuple):
     Attributes:
         generation: why population generation does not; None when it does.
         scoring: why tree scoring does not; None when it does.
+        sharing: whether rows can read one copy of their prompt while they write.
         window: width of the model's sliding attention windows; None without.
         cache_bytes: bytes that one token's keys and values take, over all blocks.
     """
 
     generation: str | None
     scoring: str | None
+    sharing: bool = False
     window: int | None = None
     cache_bytes: int = 0
 
@@ -52,7 +55,14 @@ def inspect_model(forward: Forward) -> Support:
             scoring = generation or _compare(trial.scored(), plain, "tree scoring")
         except _UNEXPECTED as error:
             scoring = f"a trial of it failed ({type(error).__name__}: {error})"
-    return Support(generation, scoring, window, trial.cache_bytes)
+        sharing = generation is None and window is None and forward.takes_positions and forward.device.type == "cpu"
+        sharing = sharing and forward.model.config._attn_implementation == "sdpa"
+        try:
+            sharing = sharing and _compare(trial.shared(), plain, "sharing prompts") is None
+        except _UNEXPECTED as error:
+            logger.debug("prompts are not shared: %s", error)
+            sharing = False
+    return Support(generation, scoring, sharing, window, trial.cache_bytes)
 
 
 def _obstacle(forward: Forward) -> tuple[str | None, int | None]:
@@ -69,6 +79,9 @@ def _obstacle(forward: Forward) -> tuple[str | None, int | None]:
         return f"its cache is not one of keys and values per block ({', '.join(other) or f'{len(layers)} layers'})", None
     if forward.head is None:
         return "it has no output embeddings", None
+    if "local" in getattr(config, "attention_layers", ()):
+        # GPT-Neo's; the trial's texts are too short to tell
+        return f"some of its blocks see {config.window_size} columns by a mask of their own", None
     implementation = config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         return f"attn_implementation={implementation!r} takes no masks of one's own; sdpa and eager do", None
@@ -153,6 +166,20 @@ class _Trial:
         place = torch.tensor([[2 + len(heads[i])] for i in self._index.tolist()]).to(self._forward.device)
         mask = torch.cat([mask[self._index.to(mask.device)], torch.ones_like(last)], dim=1)
         return self._forward.last(last, mask, place, slab)
+
+    def shared(self) -> Tensor:
+        """Return the same scores from a step of rows that read one copy of their prompt."""
+        texts = [self._prefix + rest for rest in self._rests]
+        ids, mask, positions = self._left([text[:-1] for text in texts])
+        cache = EngineCache(self._blocks, ids.shape[1])
+        self._forward.last(ids, mask, positions, cache)
+        prompts = SharedPrompts(self._blocks)
+        prompts.replace([], cache, mask)
+        prompts.assign(self._index.tolist())
+        last = torch.tensor([[texts[i][-1]] for i in self._index.tolist()])
+        place = torch.tensor([[len(texts[i]) - 1] for i in self._index.tolist()])
+        with reading(prompts):
+            return self._forward.last(last, torch.ones_like(last), place, EngineCache(self._blocks, 2))
 
     def scored(self) -> Tensor:
         """Return the same scores from a tree: after the common beginning both rests are branches of one sequence."""

@@ -46,6 +46,21 @@ class Group(NamedTuple):
     contexts: list[int]
 
 
+def check_requests(requests: Sequence[ScoreRequest], max_length: int) -> None:
+    """Refuse what cannot be scored.
+
+    Raises:
+        ValueError: for an empty context or continuation, or a continuation that is longer than ``max_length``.
+    """
+    for request in requests:
+        if not request.context or not request.continuation:
+            raise ValueError("context and continuation must hold at least one token each; give an empty context the model's BOS or EOS token.")
+        if len(request.continuation) > max_length:
+            raise ValueError(
+                f"a continuation of {len(request.continuation)} tokens is longer than max_length={max_length}. Split it, or raise max_length."
+            )
+
+
 def build_contexts(requests: Sequence[ScoreRequest], specs: Sequence[int], max_length: int) -> tuple[list[Context], list[Place]]:
     """Return the distinct contexts, and for each request where its answer will be.
 
@@ -55,20 +70,11 @@ def build_contexts(requests: Sequence[ScoreRequest], specs: Sequence[int], max_l
         requests: what to score.
         specs: number of each request's spec.
         max_length: most tokens that the model takes.
-
-    Raises:
-        ValueError: for an empty context or continuation, or a continuation that is longer than ``max_length``.
     """
     contexts: dict[ContextKey, Context] = {}
     numbers: dict[ContextKey, int] = {}
     places: list[Place] = []
     for request, spec in zip(requests, specs, strict=True):
-        if not request.context or not request.continuation:
-            raise ValueError("context and continuation must hold at least one token each; give an empty context the model's BOS or EOS token.")
-        if len(request.continuation) > max_length:
-            raise ValueError(
-                f"a continuation of {len(request.continuation)} tokens is longer than max_length={max_length}. Split it, or raise max_length."
-            )
         cut = max(len(request.context) + len(request.continuation) - max_length - 1, 0)
         key = ContextKey(request.context[cut:], max(request.split - cut, 0), request.response_start is None)
         context = contexts.setdefault(key, Context(key))

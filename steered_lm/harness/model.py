@@ -175,10 +175,7 @@ class SteeredHFLM(ReferenceHFLM):
         seeds = row_seeds([(prompt, candidate_name(requests[n].args[0])) for n, prompt in zip(numbers, prompts, strict=True)])
         eos = str(self.tok_decode([self.eot_token_id], skip_special_tokens=False))
         own = [self._row(requests[n].args[0]) for n in numbers]
-        rows = [
-            settings[n].row(prompt, row.spec if row.acts else None, seed, without=eos)
-            for n, prompt, row, seed in zip(numbers, prompts, own, seeds, strict=True)
-        ]
+        rows = [settings[n].row(prompt, row.spec, seed, without=eos) for n, prompt, row, seed in zip(numbers, prompts, own, seeds, strict=True)]
         bar = tqdm(total=len(rows), disable=disable_tqdm or self.quiet or self.rank != 0, desc="Running generate_until requests")
 
         def done(place: int, generated: Generated) -> None:
@@ -225,7 +222,7 @@ class SteeredHFLM(ReferenceHFLM):
                 return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
             windows = [(number, window) for number, request in enumerate(requests) for window in self._windows(str(request.args[0]))]
             rows = [self._row(requests[number].args[0]) for number, _ in windows]
-            asked = [ScoreRequest(*window, row.spec if row.acts else None, response_start=0) for (_, window), row in zip(windows, rows, strict=True)]
+            asked = [ScoreRequest(*window, row.spec, response_start=0) for (_, window), row in zip(windows, rows, strict=True)]
             found = [0.0] * len(requests)
             for (number, _), (value, _) in zip(windows, self._scored(asked, rows, disable_tqdm), strict=True):
                 found[number] += value
@@ -265,10 +262,7 @@ class SteeredHFLM(ReferenceHFLM):
         if self._by_reference():
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         rows = [Row(self.spec) if strings is None else self._row(strings[0]) for strings, _, _ in requests]
-        asked = [
-            ScoreRequest(tuple(context), tuple(tokens), row.spec if row.acts else None)
-            for (_, context, tokens), row in zip(requests, rows, strict=True)
-        ]
+        asked = [ScoreRequest(tuple(context), tuple(tokens), row.spec) for (_, context, tokens), row in zip(requests, rows, strict=True)]
         return [(value, greedy) for value, greedy in self._scored(asked, rows, disable_tqdm)]
 
     def _scored(self, asked: Sequence[ScoreRequest], rows: Sequence[Row], disable_tqdm: bool) -> list[Scored]:

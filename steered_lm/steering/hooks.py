@@ -1,7 +1,7 @@
 """Permanent hooks on the steered blocks, switched per batch."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,8 @@ from steered_lm.steering.spec import SteeringSpec
 from steered_lm.steering.vectors import TraitVectors
 
 _UNSTEERED = CompiledSpec("unsteered", {})
+# Arguments by which state-space and other recurrent stacks take what they keep between passes.
+_STATES = ("cache_params", "state")
 
 
 class Table(Protocol):
@@ -62,7 +64,7 @@ class Steerer:
         self._running = False
         self._counts: dict[int, Tensor] = {}
         self._calls: dict[int, int] = {}
-        self._offset = 0
+        self._offset = self._seen = 0
 
     def compile(self, spec: SteeringSpec | None) -> CompiledSpec:
         """Check a spec against its vectors file and this model, and attach hooks where it acts. Results are kept by digest.
@@ -100,8 +102,15 @@ class Steerer:
             self._handles[layer] = self.blocks[layer].register_forward_hook(self._hook(layer))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = self._signature.bind_partial(*args, **kwargs).arguments.get("past_key_values")
-        self._offset = int(cache.get_seq_length()) if cache is not None else 0
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        cache = bound.get("past_key_values")
+        if cache is not None:
+            self._offset = int(cache.get_seq_length())
+        elif any(bound.get(name) is not None for name in _STATES):
+            # a recurrent state does not say how many tokens it has seen
+            self._offset, self._seen = self._seen, self._seen + _width(bound)
+        else:
+            self._offset, self._seen = 0, _width(bound)
 
     def _hook(self, layer: int) -> Any:
         def steer_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -147,7 +156,7 @@ class Steerer:
         """
         if self._running:
             raise RuntimeError("Steerer.batch() is already active; leave one batch before the next.")
-        self._tables, self._running, self._calls, self._counts = tables, True, {}, {}
+        self._tables, self._running, self._calls, self._counts, self._seen = tables, True, {}, {}, 0
         try:
             yield
             silent = [layer for layer in layers if not self._calls.get(layer)]
@@ -175,6 +184,14 @@ class Steerer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Detach every hook."""
         self.close()
+
+
+def _width(arguments: Mapping[str, Any]) -> int:
+    """Return how many columns a pass has."""
+    for name in ("input_ids", "inputs_embeds", "hidden_states"):
+        if arguments.get(name) is not None:
+            return int(arguments[name].shape[1])
+    return 0
 
 
 @contextmanager
