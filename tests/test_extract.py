@@ -26,8 +26,8 @@ class CharTokenizer:
 
         return Encoding()
 
-    def batch_decode(self, rows, skip_special_tokens=True):
-        return ["".join(chr(60 + int(t)) for t in row if int(t) > 2) for row in rows]
+    def decode(self, tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False):
+        return "".join(chr(60 + int(t)) for t in tokens if int(t) > 2)
 
 
 def texts(trait="formality", n=24):

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from steered_lm.engine.cache import EngineCache
 
 _step = threading.local()
+_installing = threading.Lock()
 
 
 class SharedPrompts:
@@ -128,12 +129,14 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else mask
 
 
-@contextmanager
-def reading(prompts: SharedPrompts) -> Iterator[None]:
-    """Let every ``sdpa`` attention of this thread read ``prompts`` beside the keys that it is given."""
-    original: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+class _Attention:
+    """``sdpa`` attention that reads the prompts of its thread beside the keys that it is given, where there are any."""
 
-    def attention(
+    def __init__(self, original: Callable[..., tuple[Tensor, None]]) -> None:
+        self._original = original
+
+    def __call__(
+        self,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -145,15 +148,20 @@ def reading(prompts: SharedPrompts) -> Iterator[None]:
     ) -> tuple[Tensor, None]:
         active: SharedPrompts | None = getattr(_step, "prompts", None)
         if active is None:
-            found: tuple[Tensor, None] = original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-            return found
+            return self._original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         block: Any = module.layer_idx
         return active.attend(block, query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+
+@contextmanager
+def reading(prompts: SharedPrompts) -> Iterator[None]:
+    """Let every ``sdpa`` attention of this thread read ``prompts`` beside the keys that it is given."""
+    with _installing:
+        # it stays: taken out after a step, it would be missing in the steps that other threads are in
+        if not isinstance(ALL_ATTENTION_FUNCTIONS["sdpa"], _Attention):
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = _Attention(ALL_ATTENTION_FUNCTIONS["sdpa"])
     _step.prompts = prompts
     try:
         yield
     finally:
         _step.prompts = None
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = original

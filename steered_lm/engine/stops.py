@@ -11,6 +11,12 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def end_ids(checkpoint: Any, *others: int | None) -> list[int]:
+    """Return the tokens that end a row: those of the model's generation config, and ``others``."""
+    listed = checkpoint.eos_token_id if isinstance(checkpoint.eos_token_id, list) else [checkpoint.eos_token_id]
+    return sorted({token for token in (*listed, *others) if token is not None})
+
+
 class Stops:
     """Says after each token whether its row has ended.
 

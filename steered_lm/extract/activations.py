@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from steered_lm.engine import Engine, GenerationRow, Sampling
+from steered_lm.engine.stops import decode, end_ids
+from steered_lm.steering.hooks import Steerer
 from steered_lm.steering.vectors import Pooling, ResidualNorm
 
 
@@ -130,31 +133,14 @@ def _pool(hidden: Float[Tensor, "seq d_model"], split: int, pooling: Pooling) ->
     return hidden[:split].mean(dim=0) if pooling == "prompt_mean" else hidden[split - 1]
 
 
-@torch.inference_mode()
 def generate_responses(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int, tick: Callable[[int], None]
+    model: Any, tokenizer: Any, blocks: nn.ModuleList, prompts: Sequence[str], *, max_new_tokens: int, tick: Callable[[int], None]
 ) -> list[str]:
-    """Return the model's greedy continuations of rendered prompts, in order; batches are padded on the left."""
-    encoded = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = [""] * len(prompts)
-    for begin in range(0, len(prompts), batch_size):
-        chosen = order[begin : begin + batch_size]
-        width = max(len(encoded[i]) for i in chosen)
-        ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in chosen], device=model.device)
-        mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen], device=model.device)
-        tokens = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-        )
-        for i, text in zip(chosen, tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True), strict=True):
-            out[i] = text.strip()
-        tick(len(chosen))
-    return out
+    """Return the model's greedy continuations of rendered prompts, in order; the engine runs as many at once as memory allows."""
+    checkpoint = model.generation_config
+    sampling = Sampling(repetition_penalty=checkpoint.repetition_penalty or 1.0)
+    rows = [GenerationRow(tuple(tokenizer(p, add_special_tokens=False).input_ids), max_new_tokens, sampling=sampling) for p in prompts]
+    with Steerer(model, blocks=blocks) as idle:
+        engine = Engine(idle, tokenizer, end_ids=end_ids(checkpoint, tokenizer.eos_token_id))
+        generated = engine.generate(rows, lambda number, reply: tick(1))
+    return [decode(tokenizer, reply.tokens).strip() for reply in generated]

@@ -194,9 +194,7 @@ class _Runner:
             rows = [Row(prompt, "") for prompt in prompts]
         else:
             seen = _Counter(self.progress, f"{trait}: responses ({split})", len(prompts))
-            replies = generate_responses(
-                self.model, self.tokenizer, prompts, max_new_tokens=self.config.max_new_tokens, batch_size=self.config.batch_size, tick=seen
-            )
+            replies = generate_responses(self.model, self.tokenizer, self.blocks, prompts, max_new_tokens=self.config.max_new_tokens, tick=seen)
             rows = [Row(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
         matched = list(zip(rows[0::2], rows[1::2], strict=True))
         kept = [pair for pair in matched if self.config.pooling != "response_mean" or (pair[0].response and pair[1].response)]

@@ -107,12 +107,6 @@ def settings(given: Mapping[str, Any], default_length: int, checkpoint: Any) -> 
     return Settings(tuple(until), length, values)
 
 
-def end_ids(checkpoint: Any, *others: int | None) -> list[int]:
-    """Return the tokens that end a row: the checkpoint's own, and ``others``."""
-    listed = checkpoint.eos_token_id if isinstance(checkpoint.eos_token_id, list) else [checkpoint.eos_token_id]
-    return sorted({token for token in (*listed, *others) if token is not None})
-
-
 def row_seeds(rows: Sequence[tuple[tuple[int, ...], str | None]]) -> list[int]:
     """Return a seed for each row (prompt tokens, candidate): from what ``torch.manual_seed`` was last given, which is lm-eval's ``--seed``.
 

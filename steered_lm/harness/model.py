@@ -22,8 +22,9 @@ from steered_lm.content import resolve_model
 from steered_lm.engine import Engine, Generated, Scored, ScoreRequest
 from steered_lm.engine.gemm import Gemm
 from steered_lm.engine.memory import parse_size
+from steered_lm.engine.stops import end_ids
 from steered_lm.errors import ModelError, near_misses
-from steered_lm.harness.generation import Settings, end_ids, group_requests, row_seeds
+from steered_lm.harness.generation import Settings, group_requests, row_seeds
 from steered_lm.harness.reference import ReferenceHFLM, refuse_nan
 from steered_lm.harness.requests import MODEL, candidate_name, chat_messages, own_spec
 from steered_lm.harness.rows import Row, TokenRequest

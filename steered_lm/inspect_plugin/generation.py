@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from steered_lm.engine import Engine, Generated, GenerationRow
 from steered_lm.engine.memory import mebibytes
 from steered_lm.engine.plain import generate_plain
-from steered_lm.engine.stops import Stops, decode
+from steered_lm.engine.stops import Stops, decode, end_ids
 from steered_lm.errors import ModelError, UserError
 from steered_lm.steering.spec import SteeringSpec
 
@@ -83,8 +83,6 @@ def take_defaults(model: Any, tokenizer: Any, *, exact: bool) -> Defaults:
         exact: whether replies will come from the model's own ``generate``.
     """
     config = model.generation_config
-    listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
     kept = _acting(config, _APPLIED_WHEN_EXACT)
     dropped = _acting(config, _NEVER_APPLIED) | ({} if exact else kept)
     if dropped:
@@ -92,7 +90,7 @@ def take_defaults(model: Any, tokenizer: Any, *, exact: bool) -> Defaults:
         more = " exact=true applies some of them." if set(dropped) & set(kept) else ""
         logger.warning("the model's generation config has %s, which steered-hf does not apply.%s", said, more)
     model.generation_config = GenerationConfig(**(kept if exact else {}))
-    return Defaults(tuple(ends), config.repetition_penalty or 1.0)
+    return Defaults(tuple(end_ids(config, tokenizer.eos_token_id)), config.repetition_penalty or 1.0)
 
 
 def _acting(config: Any, names: dict[str, Any]) -> dict[str, Any]:

@@ -38,19 +38,19 @@ class Steerer:
         tokens: how many tokens (rows x positions) each block's hook has steered so far, by layer.
     """
 
-    def __init__(self, model: nn.Module, *, blocks: str | None = None, allow_foreign: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, blocks: str | nn.ModuleList | None = None, allow_foreign: bool = False) -> None:
         """Prepare a model; nothing is attached yet.
 
         Args:
             model: a Hugging Face causal model, bare or wrapped by PEFT.
-            blocks: dotted path of the block list when the structure misleads.
+            blocks: the block list, or its dotted path, when the structure misleads.
             allow_foreign: take vectors whose model fingerprint differs.
 
         Raises:
             ModelError: when no decoder blocks are found.
         """
         self.model = model
-        self.blocks = find_blocks(model, blocks)
+        self.blocks = blocks if isinstance(blocks, nn.ModuleList) else find_blocks(model, blocks)
         self.stack = parent_of(model, self.blocks)
         self._signature = inspect.signature(self.stack.forward)
         self.d_model = hidden_size(model)
