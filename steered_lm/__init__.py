@@ -14,6 +14,10 @@ _EXPORTS = {
     "TraitVectors": "steered_lm.steering.vectors",
     "Steerer": "steered_lm.steering.hooks",
     "steer": "steered_lm.steering.hooks",
+    "Engine": "steered_lm.engine",
+    "GenerationRow": "steered_lm.engine",
+    "Sampling": "steered_lm.engine",
+    "ScoreRequest": "steered_lm.engine",
     "build_vectors": "steered_lm.extract.build",
     "load_persona": "steered_lm.persona.load",
     "make_judge": "steered_lm.judges",
@@ -21,7 +25,22 @@ _EXPORTS = {
     "install": "steered_lm._autoload",
 }
 
-__all__ = ["Steerer", "SteeringSpec", "TraitVectors", "__version__", "build_vectors", "install", "load_persona", "make_judge", "optimize", "steer"]
+__all__ = [
+    "Engine",
+    "GenerationRow",
+    "Sampling",
+    "ScoreRequest",
+    "Steerer",
+    "SteeringSpec",
+    "TraitVectors",
+    "__version__",
+    "build_vectors",
+    "install",
+    "load_persona",
+    "make_judge",
+    "optimize",
+    "steer",
+]
 
 
 def __getattr__(name: str) -> "Any":

@@ -1,4 +1,5 @@
 import random
+import threading
 from collections import Counter
 
 import pytest
@@ -80,6 +81,58 @@ def test_rows_whose_prompts_begin_alike_and_that_end_at_different_times_equal_on
         found = engine(steerer, end_ids=ENDS, max_rows=most).generate(rows)
         assert [result.tokens for result in found] == alone, most
         assert [result.ended for result in found] == ["stop" if tokens[-1] in ENDS else "length" for tokens in alone]
+
+
+SHARING = ("llama", "qwen2", "qwen3", "phi3", "gpt_neox", "gpt2", "opt", "mixtral")
+
+
+@pytest.mark.parametrize("prompts", [UNEQUAL[2:], BEGIN_ALIKE[1:]], ids=["unequal", "begin alike"])
+@pytest.mark.parametrize("family", SHARING)
+def test_rows_that_read_one_copy_of_their_prompt_equal_one_row_at_a_time(family, prompts, tmp_path):
+    model = special_model(family)
+    kinds = [kind for kind in steering_kinds(model, tmp_path) if kind is None or (kind.positions == "response" and not kind.sites)]
+    rows = mixed_rows(prompts, kinds)
+    steerer = Steerer(model)
+    alone = one_by_one(steerer, rows)
+    for most in (None, 3, 7):
+        run = engine(steerer, max_rows=most)
+        found = run.generate(rows)
+        assert run.support.sharing
+        assert [result.tokens for result in found] == alone, most
+        # the last prompt token is a row's first step
+        distinct = len({(row._replace(spec=None), row.spec and row.spec.digest) for row in rows})
+        assert run.report.row_steps == expected_row_steps(rows, found) + distinct
+
+
+def test_engines_in_different_threads_read_their_own_prompts():
+    models = {name: random_model() for name in ("first", "second")}
+    rows = [GenerationRow((5, 6, 7, 8 + i % 2), 6, None, Sampling(temperature=1.0, seed=i)) for i in range(8)]
+    expected = engine(Steerer(models["first"])).generate(rows)
+    inside, found = {name: threading.Event() for name in ("first", "second", "end")}, {}
+
+    def work(name, other, until):
+        run = engine(Steerer(models[name]))
+        assert run.support.sharing
+
+        def wait(module, args, kwargs):
+            # in a step: not before both are in one, and the second does not go on before the first has come to its end
+            if len(args[0]) == len(rows):
+                inside[name].set()
+                assert all(inside[event].wait(30) for event in (other, *until))
+
+        models[name].model.layers[1].register_forward_pre_hook(wait, with_kwargs=True)
+        found[name] = run.generate(rows)
+
+    def first():
+        work("first", "second", ())
+        inside["end"].set()
+
+    threads = [threading.Thread(target=first), threading.Thread(target=work, args=("second", "first", ("end",)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {"first": expected, "second": expected}
 
 
 def test_a_population_larger_than_the_batch_is_refilled_and_the_cache_moved_back(tmp_path, monkeypatch):
@@ -237,16 +290,19 @@ def overflowing(spec, alpha):
     return SteeringSpec.model_validate({**spec.model_dump(), "operation": "ablate", "alpha": alpha, "layers": (0,), "positions": "response"})
 
 
-@pytest.mark.parametrize("most", [None, 3, 24])
-def test_a_row_whose_steering_overflows_ends_with_nan_and_harms_no_other(most, tmp_path):
+@pytest.mark.parametrize("most", [3, 24])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_row_whose_steering_overflows_ends_with_nan_and_harms_no_other(shared, most, tmp_path):
     model = random_model()
     spec, kinds, steerer = spec_for(model, tmp_path), steering_kinds(model, tmp_path), Steerer(model)
+    kinds, lead = (kinds[:2] + kinds[8:10], (5,)) if shared else (kinds, ())
     # the projection times alpha passes float32's range only for some tokens, so that rows break after a few steps
-    wild = [GenerationRow((24 + seed % 15,), 25, overflowing(spec, 3.3e38), Sampling(temperature=1.0, seed=seed)) for seed in range(20)]
-    first = [GenerationRow((5, 6, token), 30, kinds[token % 12]) for token in range(3, 23)]
-    later = [GenerationRow((40 + i % 20,), 6 + i % 25, kinds[i % 12]) for i in range(40)]
+    wild = [GenerationRow((*lead, 24 + seed % 15), 25, overflowing(spec, 3.3e38), Sampling(temperature=1.0, seed=seed)) for seed in range(20)]
+    first = [GenerationRow((5, 6, 3 + i % 5), 22 - i // 5, kinds[i % len(kinds)]) for i in range(20)]
+    later = [GenerationRow((*lead, 40 + i % 10), 4 + i % 15, kinds[i % len(kinds)]) for i in range(40)]
     # of 24 places the broken rows hold the last; rows that take them over are younger than the rows beside them
-    found = engine(steerer, max_rows=most).generate([*first, *wild, *later])
+    run = engine(steerer, max_rows=most)
+    found = run.generate([*first, *wild, *later])
     tame = found[:20] + found[40:]
     assert [result.ended for result in tame] == ["length"] * 60
     assert [result.tokens for result in tame] == one_by_one(steerer, first + later)
@@ -254,3 +310,4 @@ def test_a_row_whose_steering_overflows_ends_with_nan_and_harms_no_other(most, t
     assert len(broken) >= 10
     assert len({len(result.tokens) for result in broken}) >= 5
     assert found[20:40] == [engine(steerer).generate([row])[0] for row in wild]
+    assert run.report.row_steps == sum(len(result.tokens) for result in found) - (0 if shared else 80)

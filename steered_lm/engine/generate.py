@@ -134,6 +134,7 @@ class Population:
                 started = perf_counter()
                 self._step(batch, sampler)
                 self.cost.decode_seconds += perf_counter() - started
+        self.cost.cache_bytes = max(self.cost.cache_bytes, cache.nbytes + (shared.nbytes if shared is not None else 0))
 
     # -- prompts ------------------------------------------------------------------------------------------------------------------
 
@@ -148,9 +149,9 @@ class Population:
             prompts = self._prompts(part)
             tokens, broken = sampler.choose(prompts.logits, part)
             kept = [place for place, row in enumerate(part) if not self._append(row, tokens[place], broken[place])]
+            self.cost.cache_bytes = max(self.cost.cache_bytes, batch.cache.nbytes + prompts.cache.nbytes)
             if kept:
                 self._admit(batch, prompts, part, kept, tokens)
-            self.cost.cache_bytes = max(self.cost.cache_bytes, batch.cache.nbytes + prompts.cache.nbytes)
         self._settle(batch, list(range(len(batch.rows))))
 
     def _parts(self, rows: Sequence[int]) -> list[list[int]]:

@@ -109,8 +109,10 @@ def fit_generation(
         prompts = slots if early else min(slots, distinct)
         tokens = max(widest, min(prompts * widest, _PROMPT_TOKENS))
         step = slots * (columns(rows, slots, shared=shared) * footprint.cache + footprint.activation + scores)
-        copies = prompts * widest * footprint.cache if shared else 0
-        return step + copies + tokens * per_token, tokens
+        # rows that come later each bring their prompt's keys and values, which are then copied to where the others have theirs
+        later = max(slots * widest - tokens, 0) if slots < len(rows) else 0
+        copies = prompts * widest if shared else later
+        return step + copies * footprint.cache + tokens * per_token, tokens
 
     slots = wanted
     while slots > 1 and need(slots)[0] > budget:
