@@ -213,6 +213,8 @@ def optimize(
     prompt_format: PromptFormatOption = PromptFormatName.chat,
 ) -> None:
     """Search the trait weights that make a model's responses fit a persona, with the harness as the fitness function."""
+    from steered_lm.search.result import mean_seconds
+
     settings: dict[str, Any] = {"alpha": alpha, "unit": unit, "positions": positions, "operation": operation, "missing_limit": missing_limit}
     settings |= {"persona": persona, "vectors": vectors, "judge": judge, "judge_cache": judge_cache, "max_new_tokens": max_new_tokens}
     settings |= {
@@ -240,6 +242,12 @@ def optimize(
     console.print(
         f"optimism gap (tuning minus test): {_number(result.optimism_test.gap)} ± {_number(result.optimism_test.standard_error)} (standard error)"
     )
+    if seconds := mean_seconds(result.generations):
+        parts = ", ".join(
+            f"{name.replace('_', ' ')} {value:.2f}" for name, value in seconds.items() if name != "total" and (value or name != "judge_hidden")
+        )
+        planned = study.lm.engine.report.planned_bytes / 2**20
+        console.print(f"{seconds['total']:.2f} s a generation: {parts}; {planned:,.0f} MiB planned beside the weights", soft_wrap=True)
     console.print(
         f"best spec: {result.spec_path}\n"
         f"use it: lm_eval --model steered-hf --model_args pretrained={model},steering={result.spec_path} --tasks persona_judge "

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny_models import random_model, spec_for
@@ -75,6 +77,24 @@ def test_reading_leaves_everything_as_it_was(parts):
     with reading(stored(*parts["prompt"])):
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+def test_two_threads_with_models_of_their_own_do_not_disturb_each_other(tmp_path):
+    work = []
+    for seed in range(2):
+        model = random_model("llama", seed=seed)
+        (tmp_path / str(seed)).mkdir()
+        spec = spec_for(model, tmp_path / str(seed), layers=(1,))
+        rows = [GenerationRow(tuple(range(3, 20)), 24, spec.model_copy(update={"alpha": float(a)})) for a in range(12)]
+        engine = Engine(Steerer(model), None, gemm="torch")
+        work.append((engine, rows, engine.generate(rows)))
+
+    def run(part):
+        engine, rows, expected = part
+        return [engine.generate(rows) == expected for _ in range(5)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(all(found) for found in pool.map(run, work))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "mixtral"])

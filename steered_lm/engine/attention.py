@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -153,15 +153,54 @@ class _Attention:
         return active.attend(block, query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def reading(prompts: SharedPrompts) -> Iterator[None]:
-    """Let every ``sdpa`` attention of this thread read ``prompts`` beside the keys that it is given."""
-    with _installing:
-        # it stays: taken out after a step, it would be missing in the steps that other threads are in
-        if not isinstance(ALL_ATTENTION_FUNCTIONS["sdpa"], _Attention):
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = _Attention(ALL_ATTENTION_FUNCTIONS["sdpa"])
-    _step.prompts = prompts
-    try:
-        yield
-    finally:
-        _step.prompts = None
+class _Redirection:
+    """Stands in for transformers' ``sdpa`` attention while any thread reads shared prompts; for the other threads it changes nothing."""
+
+    def __init__(self) -> None:
+        self._lock, self._readers = threading.Lock(), 0
+        self._original: Callable[..., Any] | None = None
+        self._step = threading.local()
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        active: SharedPrompts | None = getattr(self._step, "prompts", None)
+        if active is None:
+            assert self._original is not None, "installed"
+            found: tuple[Tensor, None] = self._original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+            return found
+        block: Any = module.layer_idx
+        return active.attend(block, query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
+
+    @contextmanager
+    def reading(self, prompts: SharedPrompts) -> Iterator[None]:
+        with self._lock:
+            self._readers += 1
+            if self._readers == 1:
+                self._original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+                ALL_ATTENTION_FUNCTIONS["sdpa"] = self
+        self._step.prompts = prompts
+        try:
+            yield
+        finally:
+            self._step.prompts = None
+            with self._lock:
+                self._readers -= 1
+                if not self._readers:
+                    ALL_ATTENTION_FUNCTIONS["sdpa"] = self._original
+
+
+_REDIRECTION = _Redirection()
+
+
+def reading(prompts: SharedPrompts) -> AbstractContextManager[None]:
+    """Let every ``sdpa`` attention that this thread runs inside the ``with`` block read ``prompts`` beside the keys that it is given."""
+    return _REDIRECTION.reading(prompts)

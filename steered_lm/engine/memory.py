@@ -120,7 +120,7 @@ def fit_generation(
     bytes_needed, tokens = need(slots)
     if bytes_needed > budget:
         raise ModelError(
-            f"one row of {columns(rows, 1)} tokens needs {mebibytes(bytes_needed)} beside the model's weights and the memory budget is "
+            f"one row of {columns(rows, len(rows))} tokens needs {mebibytes(bytes_needed)} beside the model's weights and the memory budget is "
             f"{mebibytes(budget)}. Raise memory_budget, shorten the prompts, or lower max_gen_toks."
         )
     return Fit(GenerationPlan(slots, tokens, prefixes, shared), bytes_needed)

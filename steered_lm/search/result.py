@@ -152,6 +152,12 @@ def paired_table(candidates: Sequence[Candidate], scores: Sequence[CandidateScor
     return {"items": [{"item": i.item, "prompt": i.prompt} for i in scores[0].items], "arms": arms}
 
 
+def mean_seconds(generations: Sequence[Generation]) -> dict[str, float]:
+    """Return the mean seconds of a generation, in all and by part, over those that were run and not replayed; empty when there are none."""
+    ran = [g.seconds for g in generations if not g.replayed]
+    return {name: sum(seconds.get(name, 0.0) for seconds in ran) / len(ran) for name in (ran[0] if ran else ())}
+
+
 def result_json(result: OptimizeResult, settings: Mapping[str, Any], validated: Mapping[str, Any], tested: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of ``result.json``; it holds no timings and no paths of the run, so equal runs give equal bytes."""
     estimates = {"tune_best": result.tune, "validate": result.validate, "test": result.test, "unsteered_test": result.unsteered}

@@ -39,18 +39,14 @@ def questions(task: str, count: int, seed: int = 0) -> list[Question]:
     """Return made-up items."""
     words = shapes.Words(seed)
     if task == "tqa":
-        primer = "\n\n".join(f"Q: {words.text(6, 10)}?\nA: {words.text(6, 9)}." for _ in range(6))
-        return [
-            Question(f"{primer}\n\nQ: {words.text(8, 16)}?\nA:", [f" {words.text(5, 10)}" for _ in range(4 + i % 5)])
-            for i in range(count)
-        ]
+        primer = "\n\n".join(f"Q: {words.text(6, 10)}?\nA: {words.text(6, 9)}." for _ in range(4))
+        return [Question(f"{primer}\n\nQ: {words.text(8, 16)}?\nA:", [f" {words.text(5, 10)}" for _ in range(4 + i % 5)]) for i in range(count)]
 
-    def item() -> str:
-        return f"{words.text(25, 45)}\n" + "".join(f"{letter}. {words.text(4)}\n" for letter in "ABCD") + "Answer:"
+    def item(low: int, high: int) -> str:
+        return f"{words.text(low, high)}\n" + "".join(f"{letter}. {words.text(4)}\n" for letter in "ABCD") + "Answer:"
 
-    start = "These are multiple choice questions, each with its answer.\n\n"
-    primer = "".join(f"{item()} {letter}\n\n" for letter in "CABDA") if task == "mmlu5" else ""
-    return [Question(start + primer + item(), [" A", " B", " C", " D"]) for _ in range(count)]
+    primer = "".join(f"{item(12, 28)} {letter}\n\n" for letter in "CABDA") if task == "mmlu5" else ""
+    return [Question(shapes.INSTRUCTION + primer + item(25, 45), [" A", " B", " C", " D"]) for _ in range(count)]
 
 
 class HandSteered(HFLM):

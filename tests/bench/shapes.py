@@ -33,6 +33,7 @@ TRAITS = ("self_other_focus", "formality", "relationship_distance", "narrative_m
 SYSTEM = (
     "You answer as yourself, warmly and to the point. Take two or three sentences, name one concrete example, and stay in the role you were given. "
 )
+INSTRUCTION = "Each question below has four choices, one of which is right. Give its letter.\n\n"
 FORMS = (
     "What is the first thing that you would tell a beginner about {}?",
     "My sister and I disagree about {}, and it comes up at every family dinner. How would you settle it without taking a side?",
@@ -129,7 +130,7 @@ def train_tokenizer(vocabulary: int) -> Any:
         vocab_size=vocabulary, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=sorted(alphabet), show_progress=False
     )
     # answers such as " A" are one token, as in the tokenizers of real models
-    made = [f"{words.text(300)}\nAnswer: {letter}\n\nQ: {words.text(9)}?\nA: {words.text(9)}." for letter in "ABCD" * 100]
+    made = [f"{INSTRUCTION}{words.text(300)}\nAnswer: {letter}\n\nQ: {words.text(9)}?\nA: {words.text(9)}." for letter in "ABCD" * 100]
     inner.train_from_iterator([*prompt_texts(len(FORMS) * len(TOPICS)), *made], trainer)
     return hf.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left")
 
