@@ -97,10 +97,12 @@ def test_two_threads_with_models_of_their_own_do_not_disturb_each_other(tmp_path
         assert all(all(found) for found in pool.map(run, work))
 
 
+@pytest.mark.parametrize("positions", ["response", "all", "prompt"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "mixtral"])
-def test_sharing_prompts_changes_no_token_and_takes_less_memory(family, tmp_path):
+def test_sharing_prompts_changes_no_token_and_takes_less_memory(family, layer, positions, tmp_path):
     model = random_model(family)
-    base = spec_for(model, tmp_path, layers=(1,))
+    base = spec_for(model, tmp_path, layers=(layer,), positions=positions)
     prompts = [tuple(range(3, 3 + size)) for size in (30, 24, 9)]
     rows = [GenerationRow(p, 6, base.model_copy(update={"alpha": float(a)})) for p in prompts for a in range(-4, 5)]
     with Steerer(model) as steerer:
@@ -110,9 +112,21 @@ def test_sharing_prompts_changes_no_token_and_takes_less_memory(family, tmp_path
         engine._support = engine.support._replace(sharing=False)
         engine.report.cache_bytes = 0
         assert engine.generate(rows) == together
-        assert size < 0.5 * engine.report.cache_bytes
+        assert size < (0.5 if positions == "response" else 0.95) * engine.report.cache_bytes
         alone = Engine(steerer, None, gemm="torch")
         assert [alone.generate([row])[0] for row in rows] == together
+
+
+def test_steered_and_unsteered_prompts_share_what_they_can(tmp_path):
+    model = random_model("llama")
+    base = spec_for(model, tmp_path, layers=(1,))
+    specs = [None, *(base.model_copy(update={"alpha": float(a), "positions": p}) for a in (-3, 2, 5) for p in ("all", "response", "prompt"))]
+    rows = [GenerationRow(tuple(range(3, 3 + size)), 3 + i % 5, spec) for size in (20, 13, 2) for i, spec in enumerate(specs)]
+    with Steerer(model) as steerer:
+        engine = Engine(steerer, None, gemm="torch")
+        assert engine.support.sharing
+        together = engine.generate(rows)
+        assert [engine.generate([row])[0] for row in rows] == together
 
 
 def test_a_population_larger_than_the_batch_brings_its_prompts_along(tmp_path):

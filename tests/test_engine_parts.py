@@ -94,8 +94,9 @@ def test_the_repetition_penalty_is_that_of_transformers():
         rows = [GenerationRow(tuple(torch.randint(0, 30, (5,), generator=generator).tolist()), 9, None, Sampling(repetition_penalty=penalty))] * 40
         rows = [row._replace(tokens=(*row.tokens, i % 30)) for i, row in enumerate(rows)] + [GenerationRow((5,), 9)]
         sampler, texts = Sampler(rows, 30, torch.device("cpu")), [list(row.tokens) for row in rows]
-        for _ in range(9):
-            logits = torch.randn(len(rows), 30, generator=generator)
+        for step in range(9):
+            # every other time all scores are negative
+            logits = torch.randn(len(rows), 30, generator=generator) - 5 * (step % 2)
             before = logits.clone()
             chosen, broken = sampler.choose(logits, range(len(rows)))
             processor = hf.RepetitionPenaltyLogitsProcessor(penalty)
@@ -393,7 +394,7 @@ def test_caches_stay_within_the_plan_and_the_plan_within_the_budget(family, kind
 def test_a_larger_budget_never_runs_fewer_rows_and_a_row_that_does_not_fit_is_refused():
     rows = [GenerationRow(tuple(range(3, 40)), 9)] * 60
     footprint = Footprint(cache=400, activation=1000, scores=600)
-    options = {"most_rows": None, "early": False, "sampled": False, "prefixes": True, "shared": False}
+    options = {"most_rows": None, "early": False, "sampled": False, "prefixes": True, "shared": 0, "blocks": 3}
     budgets = range(120_000, 4_000_000, 40_000)
     fits = [fit_generation(rows, footprint, budget, **options) for budget in budgets]
     slots = [fit.plan.rows for fit in fits]

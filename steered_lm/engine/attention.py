@@ -27,7 +27,7 @@ class SharedPrompts:
     """
 
     def __init__(self, blocks: int) -> None:
-        """Start without prompts."""
+        """Start without prompts; the first ``blocks`` blocks of a model share them, the others do not."""
         self._keys: list[Tensor | None] = [None] * blocks
         self._values: list[Tensor | None] = [None] * blocks
         self._bias: Float[Tensor, "prompts 1 1 width"] = torch.zeros(0, 1, 1, 0)
@@ -39,8 +39,13 @@ class SharedPrompts:
         """Return the number of prompts."""
         return len(self._bias)
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks share prompts, from the first on."""
+        return len(self._keys)
+
     def replace(self, kept: Sequence[int], new: EngineCache | None, mask: Int[Tensor, "prompts columns"] | None) -> None:
-        """Keep the prompts ``kept`` and add those of ``new``, a prompt a row; its layers are freed as they are copied.
+        """Keep the prompts ``kept`` and add those of ``new``, a prompt a row; those of its layers are freed as they are copied.
 
         Args:
             kept: numbers of the prompts that rows still read.
@@ -98,7 +103,8 @@ class SharedPrompts:
         together = grouped.index_select(0, self._members.flatten()).unflatten(0, (prompts, most)).transpose(1, 2).flatten(2, 3)
         bias = self._bias.to(query.dtype).expand(-1, 1, together.shape[2], -1)
         shared, shared_norm = _attention(together, keys, values, bias, scale)
-        own, own_norm = _attention(grouped, key, value, None if mask is None else _additive(mask, query.dtype), scale)
+        seen = None if mask is None else _additive(mask[..., -key.shape[2] :], query.dtype)
+        own, own_norm = _attention(grouped, key, value, seen, scale)
         split = shared.unflatten(2, (most, -1)).transpose(1, 2).flatten(0, 1).index_select(0, self._back)
         split_norm = shared_norm.unflatten(2, (most, -1)).transpose(1, 2).flatten(0, 1).index_select(0, self._back)
         share = torch.sigmoid(split_norm - own_norm)[..., None]
@@ -173,7 +179,7 @@ class _Redirection:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         active: SharedPrompts | None = getattr(self._step, "prompts", None)
-        if active is None:
+        if active is None or module.layer_idx >= active.blocks:  # type: ignore[operator]
             assert self._original is not None, "installed"
             found: tuple[Tensor, None] = self._original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
             return found

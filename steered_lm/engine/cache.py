@@ -31,22 +31,28 @@ class BlockCache(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, columns: Columns, rows: int | None = None) -> None:
+    def __init__(self, columns: Columns, rows: int | None = None, base: int = 0) -> None:
         """Prepare a layer.
 
         Args:
             columns: the columns in use, shared with the other layers.
             rows: rows to take memory for; None takes as many as the first keys have.
+            base: columns before this one are kept elsewhere (:class:`steered_lm.engine.attention.SharedPrompts`).
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self.columns, self.rows = columns, rows
+        self.columns, self.rows, self.base = columns, rows, base
+
+    @property
+    def visible(self) -> slice:
+        """Where the visible columns are in memory."""
+        return slice(max(self.columns.low - self.base, 0), max(self.columns.end - self.base, 0))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the memory."""
         rows = key_states.shape[0] if self.rows is None else self.rows
         for name, states in (("keys", key_states), ("values", value_states)):
             # zeros, since attention multiplies even masked values: a NaN left in memory would reach every row
-            setattr(self, name, states.new_zeros(rows, states.shape[1], self.columns.capacity, states.shape[3]))
+            setattr(self, name, states.new_zeros(rows, states.shape[1], self.columns.capacity - self.base, states.shape[3]))
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(
@@ -55,12 +61,13 @@ class BlockCache(CacheLayerMixin):
         """Write the new keys and values behind the visible columns and return all that the pass can see, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, end = key_states.shape[0], self.columns.end + key_states.shape[2]
+        rows, visible = key_states.shape[0], self.visible
+        end = visible.stop + key_states.shape[2]
         seen = []
         for held, states in ((self.keys, key_states), (self.values, value_states)):
             assert held is not None
-            held[:rows, :, self.columns.end : end] = states
-            seen.append(held[:rows, :, self.columns.low : end])
+            held[:rows, :, visible.stop : end] = states
+            seen.append(held[:rows, :, visible.start : end])
         return seen[0], seen[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -89,10 +96,18 @@ class BlockCache(CacheLayerMixin):
 class EngineCache(Cache):
     """The blocks' caches, and the operations that the engine needs beside attention's own ``update``."""
 
-    def __init__(self, blocks: int, capacity: int, *, rows: int | None = None, end: int = 0) -> None:
-        """Prepare a cache of ``blocks`` layers and ``capacity`` columns, the first of which to be written is ``end``."""
+    def __init__(self, blocks: int, capacity: int, *, rows: int | None = None, end: int = 0, without: int = 0) -> None:
+        """Prepare a cache.
+
+        Args:
+            blocks: number of layers.
+            capacity: number of columns.
+            rows: rows to take memory for; None takes as many as the first keys have.
+            end: the first column to be written.
+            without: so many layers, from the first on, do not hold the columns before ``end``.
+        """
         self.columns = Columns(capacity, end)
-        self.block_caches = [BlockCache(self.columns, rows) for _ in range(blocks)]
+        self.block_caches = [BlockCache(self.columns, rows, end if block < without else 0) for block in range(blocks)]
         super().__init__(layers=list(self.block_caches))
 
     def advance(self, width: int) -> None:
@@ -121,17 +136,18 @@ class EngineCache(Cache):
                 chosen[:, :, visible] = held[:, :, visible].index_select(0, index.to(held.device))
                 setattr(cached, name, chosen)
 
-    def admit(self, other: "EngineCache", rows: slice, indices: Sequence[Int[Tensor, " chosen"]]) -> None:
+    def admit(self, other: "EngineCache", rows: slice, indices: Sequence[Int[Tensor, " chosen"]], first: int = 0) -> None:
         """Copy another cache's visible columns into ``rows``, to end where the next tokens will be written.
 
         Args:
             other: a cache with the keys and values of prompts; each of its layers is freed once it is copied.
             rows: the rows of this cache that they go to.
             indices: per block, which row of ``other`` each of them takes.
+            first: the blocks before this one are left alone.
         """
         width = other.columns.visible
         assert width <= self.columns.end, "a prompt is wider than the columns before it"
-        for own_block, other_block, index in zip(self.block_caches, other.block_caches, indices, strict=True):
+        for own_block, other_block, index in list(zip(self.block_caches, other.block_caches, indices, strict=True))[first:]:
             for own, theirs in own_block.pairs(other_block):
                 taken = theirs[:, :, other.columns.low : other.columns.end]
                 own[rows, :, self.columns.end - width : self.columns.end] = taken.index_select(0, index.to(taken.device))
@@ -141,11 +157,10 @@ class EngineCache(Cache):
         """Copy the visible columns of rows ``sources`` over those of rows ``targets``."""
         if not sources:
             return
-        visible = slice(self.columns.low, self.columns.end)
         for block in self.block_caches:
             for held in (block.keys, block.values):
                 assert held is not None
-                held[list(targets), :, visible] = held[list(sources), :, visible]
+                held[list(targets), :, block.visible] = held[list(sources), :, block.visible]
 
     def clear(self, rows: Sequence[int]) -> None:
         """Set all columns of ``rows`` to zero, for whoever comes next: attention multiplies even masked values, and a NaN would stay one."""

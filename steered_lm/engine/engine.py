@@ -169,15 +169,17 @@ class Engine:
 
     def _generate_planned(self, rows: Sequence[GenerationRow], most_rows: int | None, stops: Stops, done: Callable[[int, Generated], None]) -> None:
         sites, numbers = self._sites([row.spec for row in rows])
+        early = any(sites.early[n] for n in numbers)
         fit = fit_generation(
             rows,
             Footprint.of(self._forward, self.support.cache_bytes),
             self._budget(),
             most_rows=most_rows,
-            early=any(sites.early[n] for n in numbers),
+            early=early,
             sampled=any(row.sampling.temperature > 0 for row in rows),
             prefixes=self.support.window is None,
-            shared=self.support.sharing,
+            shared=(len(self._forward.blocks) if not early else sites.fork + 1) if self.support.sharing else 0,
+            blocks=len(self._forward.blocks),
         )
         logger.debug("%d rows, %d at once, %s planned", len(rows), fit.plan.rows, mebibytes(fit.bytes))
         tables: dict[int, Table] = {}

@@ -19,6 +19,9 @@ from steered_lm.engine.sites import PassTable, SpecSites
 from steered_lm.engine.stops import Stops
 from steered_lm.steering.hooks import Table
 
+# A prompt, and whether it is steered.
+_Key = tuple[tuple[int, ...], bool]
+
 # Fewer common tokens than this are not worth a pass of their own.
 _PREFIX = 8
 # Columns that the cache may drift before its contents are moved back.
@@ -32,13 +35,14 @@ class GenerationPlan(NamedTuple):
         rows: most rows in a step.
         prompt_tokens: most tokens, rows times width, in a pass over prompts.
         prefixes: whether the tokens that all prompts begin with run on their own.
-        shared: whether rows read one copy of their prompt (:class:`SharedPrompts`); nothing of it may be steered but the last token.
+        shared: in how many blocks, from the first on, rows read one copy of their prompt (:class:`SharedPrompts`): all of them when nothing of
+            the prompts is steered but their last token, else those up to the first steered one.
     """
 
     rows: int
     prompt_tokens: int
     prefixes: bool = True
-    shared: bool = False
+    shared: int = 0
 
 
 @dataclass
@@ -60,7 +64,7 @@ class _Batch:
     cache: EngineCache
     mask: Int[Tensor, "slots columns"]
     shared: SharedPrompts | None = None
-    prompts: dict[tuple[int, ...], int] = field(default_factory=dict)
+    prompts: dict[_Key, int] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     feed: list[int] = field(default_factory=list)
@@ -69,12 +73,19 @@ class _Batch:
 
 
 class _Prompts(NamedTuple):
-    """Prompts that have run: next-token scores a row, and where its keys and values are."""
+    """Prompts that have run.
+
+    Attributes:
+        logits: next-token scores, a row each.
+        cache: keys and values, a row a prompt up to the fork, and a row each above it.
+        mask: which columns are tokens, a row a prompt.
+        sequence: which prompt each row has.
+    """
 
     logits: Float[Tensor, "rows vocab"]
     cache: EngineCache
-    indices: list[Int[Tensor, " rows"]]
-    mask: Int[Tensor, "rows columns"]
+    mask: Int[Tensor, "prompts columns"]
+    sequence: Int[Tensor, " rows"]
 
 
 class Population:
@@ -109,8 +120,9 @@ class Population:
         self._split = torch.tensor([len(row.tokens) - 1 for row in rows])
         self._written: list[list[int]] = [[] for _ in rows]
         self._blocks = len(forward.blocks)
-        # columns before a row's first new token: its prompt's, unless that is kept elsewhere
-        self._before = 0 if plan.shared else max(len(row.tokens) for row in rows)
+        # with every block sharing prompts, what the rows' own cache holds begins with the prompt's last token
+        self._whole = plan.shared == self._blocks
+        self._before = 0 if self._whole else max(len(row.tokens) for row in rows)
         self.cost = GenerationCost()
 
     def run(self, vocabulary: int) -> None:
@@ -120,9 +132,10 @@ class Population:
         # rows of one prompt stay together, so that it runs once for as many of them as fit; long ones first
         waiting = sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), rows[i].tokens, self._sites.early[self._numbers[i]]), reverse=True)
         slots = min(len(rows), plan.rows)
-        capacity = columns(rows, slots, shared=plan.shared)
-        cache = EngineCache(self._blocks, capacity, rows=slots, end=self._before)
-        shared = SharedPrompts(self._blocks) if plan.shared else None
+        assert self._whole or not plan.shared or slots == len(rows), "prompts are shared in part only when all rows come at once"
+        capacity = columns(rows, slots, shared=self._whole)
+        cache = EngineCache(self._blocks, capacity, rows=slots, end=self._before, without=0 if self._whole else plan.shared)
+        shared = SharedPrompts(plan.shared) if plan.shared else None
         batch = _Batch(cache, torch.zeros(slots, capacity, dtype=torch.int64, device=self._forward.device), shared)
         while waiting or batch.rows:
             free = slots - len(batch.rows)
@@ -143,8 +156,8 @@ class Population:
             batch.cache.columns.low = batch.cache.columns.end = self._before
         for part in self._parts(rows):
             self.cost.prompt_passes += 1
-            if batch.shared is not None:
-                self._share(batch, batch.shared, part)
+            if self._whole:
+                self._share(batch, part)
                 continue
             prompts = self._prompts(part)
             tokens, broken = sampler.choose(prompts.logits, part)
@@ -182,11 +195,17 @@ class Population:
             return self._shared_prompts(rows, prompts, sequence, prefix)
         return self._own_prompts(rows, prompts, sequence, prefix)
 
-    def _share(self, batch: _Batch, shared: SharedPrompts, rows: Sequence[int]) -> None:
+    def _key(self, row: int) -> _Key:
+        """Return what rows have to have in common to read one copy of a prompt."""
+        return self._rows[row].tokens, self._sites.early[self._numbers[row]] and not self._whole
+
+    def _share(self, batch: _Batch, rows: Sequence[int]) -> None:
         """Run prompts but for their last token, which is each row's first step, and keep one copy of each."""
-        read = sorted({batch.prompts[self._rows[row].tokens] for row in batch.rows})
-        kept = {tokens: read.index(number) for tokens, number in batch.prompts.items() if number in read}
-        new = [tokens for tokens in dict.fromkeys(self._rows[row].tokens for row in rows) if tokens not in kept]
+        shared = batch.shared
+        assert shared is not None, "every block shares prompts"
+        read = sorted({batch.prompts[self._key(row)] for row in batch.rows})
+        kept = {key: read.index(number) for key, number in batch.prompts.items() if number in read}
+        new = [tokens for tokens in dict.fromkeys(self._rows[row].tokens for row in rows) if (tokens, False) not in kept]
         cache: EngineCache | None = None
         mask: Tensor | None = None
         if new:
@@ -194,7 +213,7 @@ class Population:
             cache, mask = self._unsteered(new, prefix if prefix >= _PREFIX else 0)
             self.cost.cache_bytes = max(self.cost.cache_bytes, batch.cache.nbytes + shared.nbytes + cache.nbytes)
         shared.replace(read, cache, mask)
-        batch.prompts = kept | {tokens: len(read) + number for number, tokens in enumerate(new)}
+        batch.prompts = kept | {(tokens, False): len(read) + number for number, tokens in enumerate(new)}
         batch.mask[len(batch.rows) : len(batch.rows) + len(rows)] = 0
         for row in rows:
             tokens = self._rows[row].tokens
@@ -225,7 +244,7 @@ class Population:
         mask = torch.cat([mask, torch.ones_like(last)], dim=1)
         self._steer(rows, place[sequence])
         logits = self._forward.last(last, mask, place, cache, Fork(self._sites.fork, sequence))
-        return _Prompts(logits, cache, self._indices(sequence), mask[sequence.to(mask.device)])
+        return _Prompts(logits, cache, mask, sequence)
 
     def _own_prompts(self, rows: Sequence[int], prompts: list[tuple[int, ...]], sequence: Tensor, prefix: int) -> _Prompts:
         """Prompts are steered, or a row's alone: blocks up to the first steered one run once per prompt, the others once per row."""
@@ -248,16 +267,11 @@ class Population:
         real = mask[:, prefix:] > 0
         self._steer(rows, torch.where(real, positions, -1)[sequence.to(real.device)])
         logits = self._forward.last(ids, mask, positions, cache, fork)
-        return _Prompts(logits, cache, self._indices(sequence), mask[sequence.to(mask.device)])
+        return _Prompts(logits, cache, mask, sequence)
 
     def _run_prefix(self, tokens: tuple[int, ...], cache: EngineCache, fork: Fork | None = None) -> None:
         ids = torch.tensor([tokens], device=self._forward.device)
         self._forward.last(ids, torch.ones_like(ids), torch.arange(len(tokens), device=ids.device)[None], cache, fork)
-
-    def _indices(self, sequence: Tensor) -> list[Tensor]:
-        """Return for each block which row of the prompts' cache a row takes: its prompt's below the fork, its own above."""
-        own = torch.arange(len(sequence))
-        return [sequence if block <= self._sites.fork else own for block in range(self._blocks)]
 
     def _steer(self, rows: Sequence[int], positions: Tensor) -> None:
         chosen = torch.tensor(list(rows))
@@ -268,9 +282,16 @@ class Population:
         chosen, first = torch.tensor(kept), len(batch.rows)
         slots, width = slice(first, first + len(kept)), prompts.mask.shape[1]
         end = batch.cache.columns.end
-        batch.cache.admit(prompts.cache, slots, [index[chosen] for index in prompts.indices])
+        of_prompt = prompts.sequence[chosen]
+        if batch.shared is not None:
+            known = len(batch.shared)
+            batch.shared.replace(range(known), prompts.cache, prompts.mask)
+            batch.prompts |= {self._key(part[place]): known + int(number) for place, number in zip(kept, of_prompt, strict=True)}
+        # up to the fork a row takes its prompt's keys and values, above it its own
+        indices = [of_prompt if block <= self._sites.fork else chosen for block in range(self._blocks)]
+        batch.cache.admit(prompts.cache, slots, indices, self._plan.shared)
         batch.mask[slots] = 0
-        batch.mask[slots, end - width : end] = prompts.mask[chosen.to(prompts.mask.device)]
+        batch.mask[slots, end - width : end] = prompts.mask[of_prompt.to(prompts.mask.device)]
         for place in kept:
             row = part[place]
             batch.rows.append(row)
@@ -325,7 +346,7 @@ class Population:
         if batch.rows:
             batch.cache.columns.low = min(batch.starts)
             if batch.shared is not None:
-                batch.shared.assign([batch.prompts[self._rows[row].tokens] for row in batch.rows])
+                batch.shared.assign([batch.prompts[self._key(row)] for row in batch.rows])
             chosen = torch.tensor(batch.rows)
             batch.tables = self._sites.tables(self._numbers[chosen], self._split[chosen], torch.zeros(count, 1, dtype=torch.int64))
 

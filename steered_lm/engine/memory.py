@@ -79,7 +79,8 @@ def fit_generation(
     early: bool,
     sampled: bool,
     prefixes: bool,
-    shared: bool,
+    shared: int,
+    blocks: int,
 ) -> Fit:
     """Return the largest plan that stays within a budget.
 
@@ -91,7 +92,8 @@ def fit_generation(
         early: whether prompts are steered, so that each row's blocks above the fork run over its whole prompt.
         sampled: whether any row samples, which takes float64 copies of its scores.
         prefixes: whether common beginnings may run on their own.
-        shared: whether rows can read one copy of their prompt; it is done when there are fewer prompts than rows.
+        shared: in how many blocks rows can read one copy of their prompt; it is done when there are fewer prompts than rows.
+        blocks: how many blocks there are.
 
     Raises:
         ModelError: when not even one row fits.
@@ -103,16 +105,22 @@ def fit_generation(
 
     distinct = len({row.tokens for row in rows})
     # a row reads its prompt beside its own tokens, which costs a little: not worth it for a row alone
-    shared = shared and not early and 2 * distinct <= len(rows) and min(len(row.tokens) for row in rows) > 1
+    worth = 2 * distinct <= len(rows) and min(len(row.tokens) for row in rows) > 1
+
+    def sharing(slots: int) -> int:
+        # in part only while nobody waits: the rows' own columns would have to make room for wider prompts
+        return shared if worth and (shared == blocks or slots == len(rows)) else 0
 
     def need(slots: int) -> tuple[int, int]:
         prompts = slots if early else min(slots, distinct)
         tokens = max(widest, min(prompts * widest, _PROMPT_TOKENS))
-        step = slots * (columns(rows, slots, shared=shared) * footprint.cache + footprint.activation + scores)
+        whole, part = sharing(slots) == blocks, sharing(slots) / blocks
+        own = columns(rows, slots, shared=whole) - (0 if whole else part * widest)
+        step = int(slots * (own * footprint.cache + footprint.activation + scores))
         # rows that come later each bring their prompt's keys and values, which are then copied to where the others have theirs
         later = max(slots * widest - tokens, 0) if slots < len(rows) else 0
-        copies = prompts * widest if shared else later
-        return step + copies * footprint.cache + tokens * per_token, tokens
+        copies = distinct * widest * part if part else later
+        return step + int(copies * footprint.cache) + tokens * per_token, tokens
 
     slots = wanted
     while slots > 1 and need(slots)[0] > budget:
@@ -123,7 +131,7 @@ def fit_generation(
             f"one row of {columns(rows, len(rows))} tokens needs {mebibytes(bytes_needed)} beside the model's weights and the memory budget is "
             f"{mebibytes(budget)}. Raise memory_budget, shorten the prompts, or lower max_gen_toks."
         )
-    return Fit(GenerationPlan(slots, tokens, prefixes, shared), bytes_needed)
+    return Fit(GenerationPlan(slots, tokens, prefixes, sharing(slots)), bytes_needed)
 
 
 def fit_scoring(contexts: Sequence[Context], footprint: Footprint, budget: int, *, most_contexts: int | None, prefixes: bool) -> ScorePlan:

@@ -12,6 +12,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -236,7 +237,8 @@ def throughput(work: Workload) -> dict[str, Any]:
     arguments = work.arguments
     clock = "cpu" if arguments.threads == 1 else "wall"
     facts = {
-        **_distinct(work, clock),
+        **_distinct(work, clock, "response"),
+        **_distinct(work, clock, "all"),
         **_weight_zero(work, clock),
         **_one_spec(work, clock),
     }
@@ -245,30 +247,32 @@ def throughput(work: Workload) -> dict[str, Any]:
     return facts
 
 
-def _distinct(work: Workload, clock: str) -> dict[str, float]:
-    """All rows have prompts of their own, so that nothing but the specs differs."""
+def _distinct(work: Workload, clock: str, positions: str) -> dict[str, float]:
+    """All rows have prompts of their own, so that nothing but the specs differs.
+
+    With positions ``all`` the beginning that all prompts share runs once a spec, which is what remains of the difference.
+    """
     arguments = work.arguments
     count = min(work.count, len(shapes.FORMS) * len(shapes.TOPICS))
     prompts = shapes.prompts(work.tokenizer, count)
-    steering = shapes.random_steering(work.model, prompts[0], work.steering.layer, count, arguments.positions, work.folder, seed=1)
+    steering = shapes.random_steering(work.model, prompts[0], work.steering.layer, count, positions, work.folder, seed=1)
     rows = {
         "distinct": [GenerationRow(prompt, arguments.tokens, spec) for prompt, spec in zip(prompts, steering.specs, strict=True)],
         "one": [GenerationRow(prompt, arguments.tokens, steering.specs[0]) for prompt in prompts],
     }
-    engines = {name: Engine(work.steerer, work.tokenizer, gemm="torch") for name in rows}
-    for name, engine in engines.items():
-        engine.generate([row._replace(max_new_tokens=2) for row in rows[name]])
-        engine.report.decode_seconds = 0.0
+    engine = Engine(work.steerer, work.tokenizer, gemm="torch")
+    engine.generate([row._replace(max_new_tokens=2) for row in rows["distinct"]])
+    steps: dict[str, list[float]] = {name: [] for name in rows}
 
-    def design(name: str, number: int) -> list[Any]:
-        return engines[name].generate(rows[name])
+    def design(name: str, number: int) -> None:
+        before = engine.report.decode_seconds
+        engine.generate(rows[name])
+        steps[name].append(engine.report.decode_seconds - before)
 
-    runs = shapes.interleaved({name: functools.partial(design, name) for name in rows}, max(arguments.rounds, 3))
-    steps = {name: engine.report.decode_seconds for name, engine in engines.items()}
-    return {
-        f"{count} specs in {count} rows against one spec": shapes.ratio(runs["one"], runs["distinct"], clock),
-        "the same, steps only (by the clock, all rounds)": steps["one"] / steps["distinct"],
-    }
+    runs = shapes.interleaved({name: functools.partial(design, name) for name in rows}, max(arguments.rounds, 5))
+    what = f"{count} specs in {count} rows against one spec, positions {positions}"
+    by_round = [one / distinct for one, distinct in zip(steps["one"], steps["distinct"], strict=True)]
+    return {what: shapes.ratio(runs["one"], runs["distinct"], clock), f"{what}, steps only (by the clock)": statistics.median(by_round)}
 
 
 def _weight_zero(work: Workload, clock: str) -> dict[str, float]:
@@ -322,9 +326,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         work = Workload(arguments, Path(folder))
         settings = {name: value for name, value in vars(arguments).items() if isinstance(value, (str, int))}
         found: dict[str, Any] = {"settings": settings, "machine": shapes.machine(arguments.threads)}
-        for early in (False, True):
-            found["early stops" if early else "no early stops"] = population(work, early)
-        found["throughput"] = throughput(work)
+        if arguments.only != "throughput":
+            for early in (False, True):
+                found["early stops" if early else "no early stops"] = population(work, early)
+        if arguments.only != "population":
+            found["throughput"] = throughput(work)
         return found
 
 
@@ -347,6 +353,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=3, help="design A runs once in all, a part of the candidates in each round")
     parser.add_argument("--positions", choices=["all", "response"], default="all")
+    parser.add_argument("--only", choices=["population", "throughput"], help="the designs A to D, or what specs cost; both when left out")
     arguments = parser.parse_args()
     settings = FULL if arguments.full else [{}]
     shapes.write(arguments.json, [measure(argparse.Namespace(**{**vars(arguments), **setting})) for setting in settings])
