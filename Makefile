@@ -31,8 +31,14 @@ lint: $(STAMP) ## ruff and mypy
 test: lint ## lint, then the test suite
 	$(BIN)/python -m pytest
 
-bench: $(STAMP) ## benchmarks: ratios, both sides in one run
-	@for file in tests/bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+# Small models and few rounds; each script says with --help what it takes, and --full is the whole table.
+bench: $(STAMP) ## benchmarks in a reduced form (some minutes): ratios, both sides in one run; numbers go to bench/
+	$(BIN)/python tests/bench/generation.py --size xs --rounds 2
+	$(BIN)/python tests/bench/scoring.py --size xs --questions 12 --settings 1 8 --rounds 2
+	$(BIN)/python tests/bench/memory.py
+	$(BIN)/python tests/bench/overhead.py
+	$(BIN)/python tests/bench/startup.py 100
+	$(BIN)/python tests/bench/personas.py --budget 16
 
 wheel: $(STAMP) ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation

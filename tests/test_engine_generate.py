@@ -104,6 +104,13 @@ def test_rows_that_read_one_copy_of_their_prompt_equal_one_row_at_a_time(family,
         assert run.report.row_steps == expected_row_steps(rows, found) + distinct
 
 
+def test_prompts_of_one_token_leave_nothing_to_share(tmp_path):
+    model = random_model()
+    kinds, steerer = steering_kinds(model, tmp_path), Steerer(model)
+    rows = [GenerationRow(prompt, 6, kind) for prompt in UNEQUAL[:3] for kind in (kinds[0], kinds[1], kinds[4], kinds[8])]
+    assert [result.tokens for result in engine(steerer).generate(rows)] == one_by_one(steerer, rows)
+
+
 def test_engines_in_different_threads_read_their_own_prompts():
     models = {name: random_model() for name in ("first", "second")}
     rows = [GenerationRow((5, 6, 7, 8 + i % 2), 6, None, Sampling(temperature=1.0, seed=i)) for i in range(8)]

@@ -1,19 +1,20 @@
 import random
 import weakref
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
 import torch
 import transformers as hf
 from scipy.stats import chisquare
-from tiny_models import random_model, spec_for, special_model, steering_kinds
+from tiny_models import FAMILIES, random_model, spec_for, special_model, steering_kinds
 from transformers.cache_utils import DynamicCache
 
 from steered_lm.engine import Engine, GenerationRow, Sampling, ScoreRequest, tree
 from steered_lm.engine.cache import EngineCache
 from steered_lm.engine.forward import Forward
-from steered_lm.engine.memory import Footprint, fit_generation, fit_scoring
+from steered_lm.engine.memory import Demand, Footprint, fit_generation, fit_scoring
 from steered_lm.engine.sampling import Sampler, draw
 from steered_lm.engine.stops import Stops
 from steered_lm.engine.tree import build_contexts, group_by_prefix
@@ -391,22 +392,38 @@ def test_caches_stay_within_the_plan_and_the_plan_within_the_budget(family, kind
     assert run.report.row_steps > run.report.steps
 
 
+@pytest.mark.parametrize("kind", ["response", "prompt"])
+def test_long_prompts_of_rows_that_come_later_are_part_of_the_plan(kind, peak, tmp_path):
+    config = FAMILIES["llama"]()
+    config.max_position_embeddings = 512
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    spec = spec_for(model, tmp_path, layers=(0,), positions=kind)
+    rows = [GenerationRow(tuple(3 + i % 60 for i in range(400)), 4, spec.with_weights({"formality": i / 10})) for i in range(1, 41)]
+    run = Engine(Steerer(model), None, gemm="torch", max_rows=20)
+    run.generate(rows)
+    assert peak[0] <= run.report.planned_bytes < 3 * run.report.cache_bytes
+
+
 def test_a_larger_budget_never_runs_fewer_rows_and_a_row_that_does_not_fit_is_refused():
     rows = [GenerationRow(tuple(range(3, 40)), 9)] * 60
     footprint = Footprint(cache=400, activation=1000, scores=600)
-    options = {"most_rows": None, "early": False, "sampled": False, "prefixes": True, "shared": 0, "blocks": 3}
+    plain = Demand(rows, blocks=3, lower=1, early=False, prefixes=True, sharing=False)
     budgets = range(120_000, 4_000_000, 40_000)
-    fits = [fit_generation(rows, footprint, budget, **options) for budget in budgets]
+    fits = [fit_generation(plain, footprint, budget, most_rows=None) for budget in budgets]
     slots = [fit.plan.rows for fit in fits]
     assert slots == sorted(slots) and slots[0] < 4 and slots[-1] == 60
     assert all(fit.bytes <= budget for fit, budget in zip(fits, budgets, strict=True))
-    assert fit_generation(rows, footprint, 3_000_000, **{**options, "most_rows": 7}).plan.rows == 7
-    costs = [fit_generation(rows, footprint, 1 << 40, **{**options, name: True}).bytes for name in ("prefixes", "sampled", "early")]
-    assert costs[0] < costs[1] < costs[2]
+    assert fit_generation(plain, footprint, 3_000_000, most_rows=7).plan.rows == 7
+    drawn = replace(plain, rows=[row._replace(sampling=Sampling(temperature=1.0)) for row in rows])
+    shared, early = replace(plain, sharing=True), replace(plain, early=True)
+    costs = [demand.bytes(60, footprint) for demand in (shared, plain, drawn, early)]
+    assert costs == sorted(costs) and len(set(costs)) == 4
+    assert [demand.shared(60) for demand in (plain, shared, replace(early, sharing=True))] == [0, 3, 1]
+    assert replace(early, sharing=True).shared(59) == 0
     with pytest.raises(
         ModelError, match="one row of 46 tokens needs 0 MiB beside the model's weights and the memory budget is 0 MiB. Raise memory_bu"
     ):
-        fit_generation(rows, footprint, 10_000, **options)
+        fit_generation(plain, footprint, 10_000, most_rows=None)
 
 
 def test_a_context_that_does_not_fit_is_refused_and_others_share_passes_as_far_as_they_fit():
@@ -427,7 +444,7 @@ def test_an_engine_with_too_small_a_budget_says_so(tmp_path):
     model = random_model()
     run = Engine(Steerer(model), None, memory_budget=20_000)
     spec = spec_for(model, tmp_path)
-    with pytest.raises(ModelError, match="one row of 30 tokens needs .* memory budget is 0 MiB. Raise memory_budget, shorten the prompts, or lower"):
+    with pytest.raises(ModelError, match="one row of 30 tokens needs .* memory budget is 0 MiB. Raise memory_budget, shorten the prompts, or gen"):
         run.generate([GenerationRow(tuple(range(3, 23)), 10, spec)])
     with pytest.raises(ModelError, match="one context of 20 tokens under 1 specs needs .* Raise memory_budget, or evaluate fewer specs at once"):
         run.score([ScoreRequest(tuple(range(3, 23)), (5,), spec)], max_length=60)

@@ -73,7 +73,7 @@ def test_a_window_that_holds_every_text_leaves_scoring_to_the_tree(family, tmp_p
     assert run.report.score_passes > 0
 
 
-@pytest.mark.parametrize(("count", "budget"), [(1, 200_000), (5, 600_000)])
+@pytest.mark.parametrize(("count", "budget"), [(1, 120_000), (5, 400_000)])
 def test_results_do_not_depend_on_how_much_runs_at_once(count, budget, tmp_path):
     model = random_model()
     steerer = Steerer(model)
@@ -85,7 +85,7 @@ def test_results_do_not_depend_on_how_much_runs_at_once(count, budget, tmp_path)
         small = engine(steerer, **settings)
         assert_equal(small.score(requests, max_length=60), expected)
         assert small.report.score_passes >= whole.report.score_passes + 2
-    assert small.report.cache_bytes < budget < whole.report.cache_bytes * 4
+    assert small.report.cache_bytes < budget
 
 
 @pytest.mark.parametrize("max_length", [6, 17, 24])

@@ -14,7 +14,7 @@ import torch
 from steered_lm.engine.forward import Forward
 from steered_lm.engine.gemm import Gemm, onednn_linear
 from steered_lm.engine.generate import Population
-from steered_lm.engine.memory import Footprint, fit_generation, fit_scoring, free_bytes, mebibytes
+from steered_lm.engine.memory import Demand, Footprint, fit_generation, fit_scoring, free_bytes, mebibytes
 from steered_lm.engine.plain import generate_plain, score_plain
 from steered_lm.engine.report import EngineReport
 from steered_lm.engine.rows import Generated, GenerationRow, Scored, ScoreRequest
@@ -169,18 +169,16 @@ class Engine:
 
     def _generate_planned(self, rows: Sequence[GenerationRow], most_rows: int | None, stops: Stops, done: Callable[[int, Generated], None]) -> None:
         sites, numbers = self._sites([row.spec for row in rows])
-        early = any(sites.early[n] for n in numbers)
-        fit = fit_generation(
+        demand = Demand(
             rows,
-            Footprint.of(self._forward, self.support.cache_bytes),
-            self._budget(),
-            most_rows=most_rows,
-            early=early,
-            sampled=any(row.sampling.temperature > 0 for row in rows),
-            prefixes=self.support.window is None,
-            shared=(len(self._forward.blocks) if not early else sites.fork + 1) if self.support.sharing else 0,
             blocks=len(self._forward.blocks),
+            lower=sites.fork + 1,
+            early=any(sites.early[n] for n in numbers),
+            prefixes=self.support.window is None,
+            sharing=self.support.sharing,
+            lazy=self._forward.device.type == "cpu",
         )
+        fit = fit_generation(demand, Footprint.of(self._forward, self.support.cache_bytes), self._budget(), most_rows=most_rows)
         logger.debug("%d rows, %d at once, %s planned", len(rows), fit.plan.rows, mebibytes(fit.bytes))
         tables: dict[int, Table] = {}
         run = Population(self._forward, sites, tables, rows, numbers, fit.plan, stops, done)

@@ -33,7 +33,7 @@ class GenerationPlan(NamedTuple):
 
     Attributes:
         rows: most rows in a step.
-        prompt_tokens: most tokens, rows times width, in a pass over prompts.
+        prompt_tokens: most tokens, rows times width after the common beginning, in a pass over prompts.
         prefixes: whether the tokens that all prompts begin with run on their own.
         shared: in how many blocks, from the first on, rows read one copy of their prompt (:class:`SharedPrompts`): all of them when nothing of
             the prompts is steered but their last token, else those up to the first steered one.
@@ -123,6 +123,7 @@ class Population:
         # with every block sharing prompts, what the rows' own cache holds begins with the prompt's last token
         self._whole = plan.shared == self._blocks
         self._before = 0 if self._whole else max(len(row.tokens) for row in rows)
+        self._common = common_prefix(list({row.tokens: None for row in rows})) if plan.prefixes else 0
         self.cost = GenerationCost()
 
     def run(self, vocabulary: int) -> None:
@@ -175,7 +176,7 @@ class Population:
             width, sequences = 0, set[tuple[int, ...]]()
             for row in (row for row in rows if self._sites.early[self._numbers[row]] is early):
                 tokens = self._rows[row].tokens
-                size = (len(part) + 1 if early else len(sequences | {tokens})) * max(width, len(tokens))
+                size = (len(part) + 1 if early else len(sequences | {tokens})) * (max(width, len(tokens)) - self._common)
                 if part and size > self._plan.prompt_tokens:
                     parts.append(part)
                     part, width, sequences = [], 0, set()
@@ -189,8 +190,7 @@ class Population:
         prompts = list(dict.fromkeys(self._rows[row].tokens for row in rows))
         place = {tokens: i for i, tokens in enumerate(prompts)}
         sequence = torch.tensor([place[self._rows[row].tokens] for row in rows])
-        prefix = _common(prompts) if self._plan.prefixes and len(prompts) > 1 else 0
-        prefix = prefix if prefix >= _PREFIX else 0
+        prefix = common_prefix(prompts) if self._plan.prefixes else 0
         if len(prompts) < len(rows) and not self._sites.early[self._numbers[rows[0]]]:
             return self._shared_prompts(rows, prompts, sequence, prefix)
         return self._own_prompts(rows, prompts, sequence, prefix)
@@ -209,8 +209,7 @@ class Population:
         cache: EngineCache | None = None
         mask: Tensor | None = None
         if new:
-            prefix = _common(new) if self._plan.prefixes and len(new) > 1 else 0
-            cache, mask = self._unsteered(new, prefix if prefix >= _PREFIX else 0)
+            cache, mask = self._unsteered(new, common_prefix(new) if self._plan.prefixes else 0)
             self.cost.cache_bytes = max(self.cost.cache_bytes, batch.cache.nbytes + shared.nbytes + cache.nbytes)
         shared.replace(read, cache, mask)
         batch.prompts = kept | {(tokens, False): len(read) + number for number, tokens in enumerate(new)}
@@ -390,8 +389,11 @@ def _padded(sequences: Sequence[Sequence[int]], prefix: int, device: torch.devic
     return ids.to(device), mask.to(device), positions.to(device)
 
 
-def _common(sequences: Sequence[tuple[int, ...]]) -> int:
-    """Return how many tokens all sequences begin with, leaving each at least one more and the last one out."""
-    low, high = min(sequences), max(sequences)
-    limit = min(map(len, sequences)) - 1
-    return next((i for i in range(limit) if low[i] != high[i]), limit)
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Return how many tokens several prompts begin with, leaving each at least one more; 0 when they are not worth a pass of their own."""
+    if len(prompts) < 2:
+        return 0
+    low, high = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    common = next((i for i in range(limit) if low[i] != high[i]), limit)
+    return common if common >= _PREFIX else 0

@@ -3,6 +3,8 @@
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +12,7 @@ import psutil
 import torch
 
 from steered_lm.engine.forward import Forward
-from steered_lm.engine.generate import GenerationPlan, columns
+from steered_lm.engine.generate import GenerationPlan, columns, common_prefix
 from steered_lm.engine.rows import GenerationRow
 from steered_lm.engine.score import ScorePlan
 from steered_lm.engine.tree import Context
@@ -20,6 +22,8 @@ from steered_lm.errors import ModelError
 _CUDA_SHARE, _CPU_SHARE = 0.85, 0.5
 # More rows or tokens at once gain nothing any more; smaller passes stay in the processor's caches.
 _ROWS, _PROMPT_TOKENS, _SCORE_TOKENS = 1024, 8192, 4096
+# Drawing a token takes so many times the scores' own memory: float64 copies of them, sorted and summed.
+_DRAW = 5
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -70,68 +74,113 @@ def _container_bytes() -> int:
     return max(int(text) - int(used.read_text()), 0)
 
 
-def fit_generation(
-    rows: Sequence[GenerationRow],
-    footprint: Footprint,
-    budget: int,
-    *,
-    most_rows: int | None,
-    early: bool,
-    sampled: bool,
-    prefixes: bool,
-    shared: int,
-    blocks: int,
-) -> Fit:
+@dataclass(frozen=True)
+class Demand:
+    """What a run over rows asks for.
+
+    Attributes:
+        rows: what to generate.
+        blocks: how many blocks the model has.
+        lower: how many of them run before anything is steered.
+        early: whether prompts are steered, so that the other blocks run over the prompt of each row.
+        prefixes: whether common beginnings may run on their own.
+        sharing: whether rows can read one copy of their prompt.
+        lazy: whether memory is taken as it is written, as on a CPU, and not when it is asked for.
+    """
+
+    rows: Sequence[GenerationRow]
+    blocks: int
+    lower: int
+    early: bool
+    prefixes: bool
+    sharing: bool
+    lazy: bool = False
+
+    @cached_property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The distinct prompts."""
+        return list({row.tokens: None for row in self.rows})
+
+    @cached_property
+    def widest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
+    @cached_property
+    def prefix(self) -> int:
+        """Tokens that all prompts begin with and that run on their own."""
+        return common_prefix(self.prompts) if self.prefixes else 0
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether any row samples, which takes float64 copies of its scores."""
+        return any(row.sampling.temperature > 0 for row in self.rows)
+
+    def shared(self, slots: int) -> int:
+        """Return in how many blocks prompts are kept once, when ``slots`` rows run at once.
+
+        A row reads its prompt beside its own tokens, which costs a little: it is not done for rows alone. In part it is done only while nobody
+        waits: the rows' own columns would have to make room for wider prompts.
+        """
+        if not self.sharing or 2 * len(self.prompts) > len(self.rows) or min(map(len, self.prompts)) < 2:
+            return 0
+        if not self.early:
+            return self.blocks
+        return self.lower if slots == len(self.rows) else 0
+
+    def bytes(self, slots: int, footprint: "Footprint") -> int:
+        """Return what a run of ``slots`` rows at once takes at its peak: while prompts run, or later, when the cache is full."""
+        shared, part = self.shared(slots), self.lower / self.blocks
+        prompts, wide = min(slots, len(self.prompts)), self.widest
+        together = self.prompt_tokens(slots) / (wide - self.prefix)  # rows, or prompts, in a pass
+        if self.early:
+            prompt_cache = wide * (together * (1 - part) + min(together, prompts) * part)
+        else:
+            fanned = slots * (1 - part) if shared < self.blocks and prompts < slots else 0
+            prompt_cache = wide * (together + fanned)
+        scores = footprint.scores * (_DRAW if self.draws else 1)
+        prompting = prompt_cache * footprint.cache + together * (wide - self.prefix) * footprint.activation + slots * scores
+        own = columns(self.rows, slots, shared=shared == self.blocks) - (wide * shared / self.blocks if shared < self.blocks else 0)
+        kept = slots * own + prompts * wide * shared / self.blocks
+        stepping = slots * (footprint.activation + scores)
+        later = (slots if self.early else prompts) - together  # that run when others have their keys and values in place already
+        longest = max(row.max_new_tokens for row in self.rows)
+        if slots < len(self.rows):
+            before = kept
+        elif later > 0:
+            before = kept - slots * longest if self.lazy else kept
+        else:
+            before = 0.0  # prompts leave block by block as the rows' own cache takes its memory
+        return int(max(before * footprint.cache + prompting, kept * footprint.cache + stepping))
+
+    def prompt_tokens(self, slots: int) -> int:
+        """Return how many tokens, rows times width after the common beginning, a pass over prompts takes at most."""
+        prompts, wide = slots if self.early else min(slots, len(self.prompts)), self.widest - self.prefix
+        return max(wide, min(prompts * wide, _PROMPT_TOKENS))
+
+
+def fit_generation(demand: Demand, footprint: Footprint, budget: int, *, most_rows: int | None) -> Fit:
     """Return the largest plan that stays within a budget.
 
     Args:
-        rows: what to generate.
+        demand: what is asked for.
         footprint: what the model's tensors take.
         budget: bytes.
         most_rows: a limit of the user's own; None is as many as fit.
-        early: whether prompts are steered, so that each row's blocks above the fork run over its whole prompt.
-        sampled: whether any row samples, which takes float64 copies of its scores.
-        prefixes: whether common beginnings may run on their own.
-        shared: in how many blocks rows can read one copy of their prompt; it is done when there are fewer prompts than rows.
-        blocks: how many blocks there are.
 
     Raises:
         ModelError: when not even one row fits.
     """
-    wanted = min(len(rows), most_rows or _ROWS)
-    widest = max(len(row.tokens) for row in rows)
-    per_token = footprint.cache + footprint.activation
-    scores = footprint.scores * (5 if sampled else 1)
-
-    distinct = len({row.tokens for row in rows})
-    # a row reads its prompt beside its own tokens, which costs a little: not worth it for a row alone
-    worth = 2 * distinct <= len(rows) and min(len(row.tokens) for row in rows) > 1
-
-    def sharing(slots: int) -> int:
-        # in part only while nobody waits: the rows' own columns would have to make room for wider prompts
-        return shared if worth and (shared == blocks or slots == len(rows)) else 0
-
-    def need(slots: int) -> tuple[int, int]:
-        prompts = slots if early else min(slots, distinct)
-        tokens = max(widest, min(prompts * widest, _PROMPT_TOKENS))
-        whole, part = sharing(slots) == blocks, sharing(slots) / blocks
-        own = columns(rows, slots, shared=whole) - (0 if whole else part * widest)
-        step = int(slots * (own * footprint.cache + footprint.activation + scores))
-        # rows that come later each bring their prompt's keys and values, which are then copied to where the others have theirs
-        later = max(slots * widest - tokens, 0) if slots < len(rows) else 0
-        copies = distinct * widest * part if part else later
-        return step + int(copies * footprint.cache) + tokens * per_token, tokens
-
-    slots = wanted
-    while slots > 1 and need(slots)[0] > budget:
+    slots = min(len(demand.rows), most_rows or _ROWS)
+    while slots > 1 and demand.bytes(slots, footprint) > budget:
         slots = max(1, min(slots - 1, int(slots * 0.9)))
-    bytes_needed, tokens = need(slots)
-    if bytes_needed > budget:
+    needed = demand.bytes(slots, footprint)
+    if needed > budget:
         raise ModelError(
-            f"one row of {columns(rows, len(rows))} tokens needs {mebibytes(bytes_needed)} beside the model's weights and the memory budget is "
-            f"{mebibytes(budget)}. Raise memory_budget, shorten the prompts, or lower max_gen_toks."
+            f"one row of {columns(demand.rows, len(demand.rows))} tokens needs {mebibytes(needed)} beside the model's weights and the memory budget "
+            f"is {mebibytes(budget)}. Raise memory_budget, shorten the prompts, or generate fewer tokens."
         )
-    return Fit(GenerationPlan(slots, tokens, prefixes, sharing(slots)), bytes_needed)
+    return Fit(GenerationPlan(slots, demand.prompt_tokens(slots), demand.prefixes, demand.shared(slots)), needed)
 
 
 def fit_scoring(contexts: Sequence[Context], footprint: Footprint, budget: int, *, most_contexts: int | None, prefixes: bool) -> ScorePlan:

@@ -120,6 +120,13 @@ class Workload:
     def _continued(self, prompts: Sequence[tuple[int, ...]], ends: Sequence[int]) -> Rows:
         return continued(self.model, prompts, self.arguments.tokens, ends)
 
+    def precise(self, ends: Sequence[int]) -> Rows:
+        """Return what the same weights write in float32."""
+        model = shapes.random_llama(self.arguments.size, getattr(torch, self.arguments.dtype)).float()
+        hook = shapes.HandHook(model, self.steering.layer, self.arguments.positions)
+        with hook.adding(torch.stack(self.steering.vectors).float().repeat_interleave(len(self.prompts), dim=0)[:, None]):
+            return continued(model, self.prompts * len(self.steering.vectors), self.arguments.tokens, ends)
+
     # -- lm-eval ------------------------------------------------------------------------------------------------------------------
 
     def requests(self, texts: Sequence[str]) -> list[Instance]:
@@ -149,12 +156,12 @@ def _numpy_one() -> Iterator[None]:
 
     missing = not hasattr(np, "float_")
     if missing:
-        np.float_ = np.float64  # type: ignore[attr-defined]
+        np.float_ = np.float64
     try:
         yield
     finally:
         if missing:
-            del np.float_  # type: ignore[attr-defined]
+            del np.float_
 
 
 def continued(model: Any, prompts: Sequence[tuple[int, ...]], tokens: int, ends: Sequence[int]) -> Rows:
@@ -167,69 +174,94 @@ def continued(model: Any, prompts: Sequence[tuple[int, ...]], tokens: int, ends:
     return [row[: next((place + 1 for place, token in enumerate(row) if token in stops), len(row))] for row in written]
 
 
+A, D, ONEDNN = "A one by one", "D engine", "D' engine, oneDNN"
+
+
 def population(work: Workload, early: bool) -> dict[str, Any]:
     """Measure the designs, print their table, and return it."""
     arguments = work.arguments
     ends = shapes.end_tokens(arguments.size) if early else []
-    designs: dict[str, Design] = {
-        "A one by one": functools.partial(work.sequential, ends),
-        "B per candidate": functools.partial(work.per_candidate, ends),
-        "C one batch": functools.partial(work.one_batch, ends),
-        "D engine": work.engine("torch", ends),
-    }
-    if arguments.dtype == "float32" and torch.backends.mkldnn.is_available():
-        designs["D' engine, oneDNN"] = work.engine("onednn", ends)
-    missing = {}
-    if not early:
-        for module, package in OTHERS.items():
-            if importlib.util.find_spec(module):
-                with _numpy_one():
-                    importlib.import_module(module)
-                designs[f"B {package}"] = functools.partial(getattr(work, module), ends)
-            else:
-                missing[f"B {package}"] = f"not installed: pip install {package}"
-        designs["B lm-eval steered"] = functools.partial(work.stock_steered, work.stock_models())
+    designs, missing = _designs(work, ends, others=not early)
     continued(work.model, work.prompts, 2, ends)
     runs = shapes.interleaved(designs, arguments.rounds)
-    reference, clock = work.written(ends), "cpu" if arguments.threads == 1 else "wall"
-    tokens = sum(map(len, reference))
-    one_by_one = sum(getattr(cost, clock) for cost in runs["A one by one"].costs)
-    facts: dict[str, Any] = {}
-    for name, run in runs.items():
-        first = name.startswith("A")
-        seconds = one_by_one if first else run.seconds(clock)
-        fact: dict[str, Any] = {"seconds": seconds, "over A": one_by_one / seconds}
-        fact["D over it"] = one_by_one / runs["D engine"].seconds(clock) if first else shapes.ratio(run, runs["D engine"], clock)
-        if "D' engine, oneDNN" in runs:
-            fact["oneDNN over it"] = (
-                one_by_one / runs["D' engine, oneDNN"].seconds(clock) if first else shapes.ratio(run, runs["D' engine, oneDNN"], clock)
-            )
-        rows = reference if first else run.output
-        # the other libraries steer all positions, padding too, and lm-eval returns text
-        if isinstance(rows[0], list) and (arguments.positions == "all" or name.split(" ", 1)[1] not in OTHERS.values()):
-            fact["equal rows"], fact["equal tokens"] = shapes.equal_rows(reference, rows)
-        facts[name] = fact
+    facts = _facts(work, ends, runs)
+    tokens = sum(map(len, work.written(ends)))
     title = (
         f"{arguments.size}, {arguments.dtype}, {arguments.candidates} candidates x {arguments.prompts} prompts x {arguments.tokens} tokens, "
         f"positions {arguments.positions}, {'early stops' if early else 'no early stops'} ({tokens / work.count:.1f} tokens a row), "
         f"{arguments.threads} thread(s)"
     )
-    header = ["design", "seconds", "tokens/s", "over A", "D over it", "D' over it", f"rows of {work.count} equal to A", "tokens equal"]
+    header = [
+        "design",
+        "seconds",
+        "tokens/s",
+        "over A",
+        "D over it",
+        "D' over it",
+        f"equal rows of {work.count}",
+        "flipped tokens",
+        "against float32",
+    ]
+    columns = {"over A": ".2f", "D over it": ".2f", "D' over it": ".2f", "equal rows": "d", "flips": ".2%", "flips against float32": ".2%"}
     table = [
         [
             name,
             f"{fact['seconds']:.2f}",
             f"{tokens / fact['seconds']:.0f}",
-            f"{fact['over A']:.2f}",
-            f"{fact['D over it']:.2f}",
-            f"{fact['oneDNN over it']:.2f}" if "oneDNN over it" in fact else "",
-            str(fact.get("equal rows", "")),
-            f"{fact['equal tokens']:.2%}" if "equal tokens" in fact else "",
+            *(format(fact[key], form) if key in fact else "" for key, form in columns.items()),
         ]
         for name, fact in facts.items()
     ]
-    shapes.show(title, header, [*table, *([name, text, *[""] * 6] for name, text in missing.items())])
-    return {"tokens a row": tokens / work.count, "designs": facts}
+    shapes.show(title, header, table, "\n".join(missing))
+    return {"tokens a row": tokens / work.count, "designs": facts, "not run": missing}
+
+
+def _designs(work: Workload, ends: Sequence[int], *, others: bool) -> tuple[dict[str, Design], list[str]]:
+    """Return the designs by name, and what other libraries are not installed."""
+    designs: dict[str, Design] = {
+        A: functools.partial(work.sequential, ends),
+        "B per candidate": functools.partial(work.per_candidate, ends),
+        "C one batch": functools.partial(work.one_batch, ends),
+        D: work.engine("torch", ends),
+    }
+    if work.arguments.dtype == "float32" and torch.backends.mkldnn.is_available():
+        designs[ONEDNN] = work.engine("onednn", ends)
+    missing: list[str] = []
+    if not others:
+        return designs, missing
+    for module, package in OTHERS.items():
+        if importlib.util.find_spec(module):
+            with _numpy_one():
+                importlib.import_module(module)
+            designs[f"B {package}"] = functools.partial(getattr(work, module), ends)
+        else:
+            missing.append(f"B {package}: not installed: pip install --no-deps {package}")
+    designs["B lm-eval steered"] = functools.partial(work.stock_steered, work.stock_models())
+    return designs, missing
+
+
+def _facts(work: Workload, ends: Sequence[int], runs: Mapping[str, shapes.Run]) -> dict[str, dict[str, Any]]:
+    """Return seconds, ratios and agreement by design; A ran once in all, spread over the rounds."""
+    arguments = work.arguments
+    clock = "cpu" if arguments.threads == 1 else "wall"
+    reference = work.written(ends)
+    precise = work.precise(ends) if arguments.dtype != "float32" else None
+    one_by_one = sum(getattr(cost, clock) for cost in runs[A].costs)
+    facts: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
+        seconds = one_by_one if name == A else run.seconds(clock)
+        fact: dict[str, Any] = {"seconds": seconds, "over A": one_by_one / seconds}
+        for engine, key in ((D, "D over it"), (ONEDNN, "D' over it")):
+            if engine in runs:
+                fact[key] = one_by_one / runs[engine].seconds(clock) if name == A else shapes.ratio(run, runs[engine], clock)
+        rows = reference if name == A else run.output
+        # the other libraries steer all positions, and lm-eval returns text
+        if isinstance(rows[0], list) and (arguments.positions == "all" or name[2:] not in OTHERS.values()):
+            fact["equal rows"], fact["flips"] = shapes.agreement(reference, rows)
+            if precise is not None:
+                fact["flips against float32"] = shapes.agreement(precise, rows).flips
+        facts[name] = fact
+    return facts
 
 
 def throughput(work: Workload) -> dict[str, Any]:
@@ -248,13 +280,10 @@ def throughput(work: Workload) -> dict[str, Any]:
 
 
 def _distinct(work: Workload, clock: str, positions: str) -> dict[str, float]:
-    """All rows have prompts of their own, so that nothing but the specs differs.
-
-    With positions ``all`` the beginning that all prompts share runs once a spec, which is what remains of the difference.
-    """
+    """All rows have prompts of their own that begin differently: nothing is shared, and nothing but the specs differs."""
     arguments = work.arguments
     count = min(work.count, len(shapes.FORMS) * len(shapes.TOPICS))
-    prompts = shapes.prompts(work.tokenizer, count)
+    prompts = shapes.prompts(work.tokenizer, count, common=False)
     steering = shapes.random_steering(work.model, prompts[0], work.steering.layer, count, positions, work.folder, seed=1)
     rows = {
         "distinct": [GenerationRow(prompt, arguments.tokens, spec) for prompt, spec in zip(prompts, steering.specs, strict=True)],

@@ -25,6 +25,7 @@ from steered_lm.engine.gemm import Gemm
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.steering.hooks import Steerer
 
+GEMMS: list[Gemm] = ["torch", "onednn"] if torch.backends.mkldnn.is_available() else ["torch"]
 TASKS = {"mmlu0": "MMLU, no examples", "mmlu5": "MMLU, five examples", "tqa": "TruthfulQA, multiple choice"}
 
 
@@ -112,13 +113,19 @@ class Workload:
     def answers(self, model: HFLM) -> list[tuple[float, bool]]:
         return list(model.loglikelihood(self.instances, disable_tqdm=True))
 
-    def stock_steered(self) -> HFLM:
-        """Return lm-eval's ``steered`` for the first setting; it reads its vector from a pickle."""
-        path = self.folder / "first.pt"
-        site = {"steering_vector": self.steering.vectors[0], "steering_coefficient": 1.0, "action": "add", "bias": None, "head_index": None}
-        torch.save({f"layers.{self.steering.layer}": site}, path)
-        model: HFLM = self.harness(SteeredModel, steer_path=str(path))
-        return model
+    def others(self) -> dict[str, HFLM]:
+        """Return models that run one setting, the first: lm-eval's ``steered``, which reads its vector from a pickle, and ours, warmed up."""
+        made: dict[str, HFLM] = {}
+        if self.arguments.positions == "all":
+            path = self.folder / "first.pt"
+            site = {"steering_vector": self.steering.vectors[0], "steering_coefficient": 1.0, "action": "add", "bias": None, "head_index": None}
+            torch.save({f"layers.{self.steering.layer}": site}, path)
+            made["lm-eval steered"] = self.harness(SteeredModel, steer_path=str(path))
+        spec = str(self.steering.specs[0].save(self.folder / "spec.yaml"))
+        made["steered-hf"] = self.harness(SteeredHFLM, steering=spec, gemm="torch")
+        made["steered-hf, exact"] = self.harness(SteeredHFLM, steering=spec, exact=True)
+        made["steered-hf"].loglikelihood(self.instances[:1], disable_tqdm=True)
+        return made
 
     def engine(self, settings: int, gemm: Gemm) -> Callable[[], list[Any]]:
         """Return the engine's run under the first ``settings`` settings, warmed up."""
@@ -172,52 +179,42 @@ def compared(work: Workload, stock: dict[int, list[tuple[float, bool]]], found: 
 
 def task_table(arguments: argparse.Namespace, task: str) -> dict[str, Any]:
     """Measure one task, print its table, and return it."""
-    clock = "cpu" if arguments.threads == 1 else "wall"
     with tempfile.TemporaryDirectory() as folder:
         work = Workload(arguments, task, Path(folder))
-        gemms: list[Gemm] = ["torch", "onednn"] if torch.backends.mkldnn.is_available() else ["torch"]
         stock: dict[int, list[tuple[float, bool]]] = {}
 
-        def one_stock_run(number: int) -> None:
+        def stock_run(number: int) -> None:
             stock[number % max(arguments.settings)] = work.stock_run(number % max(arguments.settings))
 
-        designs: dict[str, Callable[[int], Any]] = {"hf": one_stock_run}
-        for settings in arguments.settings:
-            for gemm in gemms:
-                run = work.engine(settings, gemm)
-                designs[f"{settings} {gemm}"] = lambda number, run=run: run()
-        others: dict[str, HFLM] = {}
-        if arguments.positions == "all":
-            others["lm-eval steered"] = work.stock_steered()
-        spec = work.steering.specs[0].save(Path(folder) / "spec.yaml")
-        others["steered-hf"] = work.harness(SteeredHFLM, steering=str(spec), gemm="torch")
-        others["steered-hf, exact"] = work.harness(SteeredHFLM, steering=str(spec), exact=True)
-        for name, model in others.items():
-            designs[name] = lambda number, model=model: work.answers(model)
-        work.answers(others["steered-hf"])
+        engines = {f"engine, {gemm}, {settings}": (settings, work.engine(settings, gemm)) for settings in arguments.settings for gemm in GEMMS}
+        others = work.others()
+        designs: dict[str, Callable[[int], Any]] = {"hf": stock_run}
+        designs |= {name: lambda number, run=run: run() for name, (_, run) in engines.items()}
+        designs |= {name: lambda number, model=model: work.answers(model) for name, model in others.items()}
         runs = shapes.interleaved(designs, arguments.rounds)
-        single = runs["hf"].seconds(clock)
-        facts: dict[str, Any] = {"hf": {"seconds": single}}
-        rows = [["hf, one run", "1", f"{single:.2f}", "1.00", "", "", "", ""]]
-        for name, run in runs.items():
-            if name == "hf":
-                continue
-            settings, gemm = (int(name.split()[0]), name.split()[1]) if name[0].isdigit() else (1, "")
-            seconds = run.seconds(clock)
-            fact: dict[str, Any] = {"seconds": seconds, "over K runs": settings * single / seconds}
-            row = [f"engine, {gemm}" if gemm else name, str(settings), f"{seconds:.2f}", f"{fact['over K runs']:.2f}"]
-            if gemm:
-                fact |= {"limit": work.limit(settings), **compared(work, stock, run.output)}
-                row += [f"{fact['limit']:.1f}", f"{fact['max difference']:.1e}", f"{fact['equal picks']:.2%}", f"{fact['equal is_greedy']:.2%}"]
-            facts[name] = fact
-            rows.append(row + [""] * (8 - len(row)))
-        lengths = [len(context) for context in dict.fromkeys(context for context, _ in work.pairs)]
-        title = (
-            f"{TASKS[task]}: {len(work.questions)} items, {len(work.pairs)} requests, contexts of {statistics.mean(lengths):.0f} tokens, "
-            f"{arguments.size}, positions {arguments.positions}, {arguments.threads} thread(s)"
-        )
-        shapes.show(title, ["run", "K", "seconds", "over K hf runs", "limit", "max difference", "equal picks", "equal is_greedy"], rows)
+        facts = {name: _fact(work, run, runs["hf"], engines[name][0] if name in engines else 1) for name, run in runs.items()}
+        for name, (settings, _) in engines.items():
+            facts[name] |= {"limit": work.limit(settings), **compared(work, stock, runs[name].output)}
+        _show(work, task, facts)
         return {"task": task, "positions": arguments.positions, "size": arguments.size, "machine": shapes.machine(arguments.threads), "runs": facts}
+
+
+def _fact(work: Workload, run: shapes.Run, stock: shapes.Run, settings: int) -> dict[str, Any]:
+    clock = "cpu" if work.arguments.threads == 1 else "wall"
+    return {"K": settings, "seconds": run.seconds(clock), "over K runs": settings * shapes.ratio(stock, run, clock)}
+
+
+def _show(work: Workload, task: str, facts: dict[str, dict[str, Any]]) -> None:
+    lengths = [len(context) for context in dict.fromkeys(context for context, _ in work.pairs)]
+    title = (
+        f"{TASKS[task]}: {len(work.questions)} items, {len(work.pairs)} requests, contexts of {statistics.mean(lengths):.0f} tokens, "
+        f"{work.arguments.size}, positions {work.arguments.positions}, {work.arguments.threads} thread(s)"
+    )
+    columns = {
+        "K": "d", "seconds": ".2f", "over K runs": ".2f", "limit": ".1f", "max difference": ".1e", "equal picks": ".2%", "equal is_greedy": ".2%"
+    }  # fmt: skip
+    rows = [[name, *(format(fact[key], form) if key in fact else "" for key, form in columns.items())] for name, fact in facts.items()]
+    shapes.show(title, ["run", "K", "seconds", "over K hf runs", *list(columns)[3:]], rows)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import random
 import statistics
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from steered_lm.steering.spec import SteeringSpec, VectorsRef
 from steered_lm.steering.vectors import ResidualNorm, TraitVectors, VectorsMeta, model_fingerprint
 
+# lm-eval warns of every model object that it is handed
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
 CONSOLE = Console(width=150)
 # What is added, as a share of the residual stream's norm.
 STRENGTH = 0.15
@@ -135,16 +138,16 @@ def train_tokenizer(vocabulary: int) -> Any:
     return hf.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left")
 
 
-def prompt_texts(count: int) -> list[str]:
-    """Return distinct prompts: one system turn for all, then a question; at most 96."""
+def prompt_texts(count: int, *, common: bool = True) -> list[str]:
+    """Return distinct prompts, at most 96: a system turn, the same for all, then a question; without ``common`` the question comes first."""
     questions = [FORMS[i % len(FORMS)].format(TOPICS[(i % len(FORMS) + i // len(FORMS)) % len(TOPICS)]) for i in range(count)]
     assert len(set(questions)) == count, "there are not so many distinct questions"
-    return [f"<s>{SYSTEM}User: {question}\nAssistant:" for question in questions]
+    return [f"<s>{SYSTEM}User: {question}\nAssistant:" if common else f"<s>{question}\n{SYSTEM}\nAssistant:" for question in questions]
 
 
-def prompts(tokenizer: Any, count: int) -> list[tuple[int, ...]]:
+def prompts(tokenizer: Any, count: int, *, common: bool = True) -> list[tuple[int, ...]]:
     """Return the prompts' tokens."""
-    return [tuple(tokenizer(text).input_ids) for text in prompt_texts(count)]
+    return [tuple(tokenizer(text).input_ids) for text in prompt_texts(count, common=common)]
 
 
 class Steering(NamedTuple):
@@ -274,10 +277,23 @@ def ratio(slow: Run, fast: Run, clock: str = "cpu") -> float:
     return statistics.median(getattr(a, clock) / getattr(b, clock) for a, b in zip(slow.costs, fast.costs, strict=True))
 
 
-def equal_rows(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> tuple[int, float]:
-    """Return how many rows are equal, and the share of tokens at the same place that are."""
-    places = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=False)]
-    return sum(list(x) == list(y) for x, y in zip(one, other, strict=True)), sum(a == b for a, b in places) / len(places)
+class Agreement(NamedTuple):
+    """How far two designs wrote the same: equal rows, and how often they chose differently after the same tokens (once a row at most)."""
+
+    equal: int
+    flips: float
+
+
+def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> Agreement:
+    """Compare rows; what follows a first difference says nothing, since it follows another text."""
+    equal = flips = chosen = 0
+    for a, b in zip(one, other, strict=True):
+        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        differs = list(a) != list(b)
+        equal += not differs
+        flips += differs
+        chosen += same + differs
+    return Agreement(equal, flips / chosen)
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -292,9 +308,9 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, numbers to the right."""
-    table = Table(title=title, title_justify="left")
+def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+    """Print a table, numbers to the right, with a note below it."""
+    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
