@@ -406,7 +406,7 @@ def test_long_prompts_of_rows_that_come_later_are_part_of_the_plan(kind, peak, t
 
 def test_a_larger_budget_never_runs_fewer_rows_and_a_row_that_does_not_fit_is_refused():
     rows = [GenerationRow(tuple(range(3, 40)), 9)] * 60
-    footprint = Footprint(cache=400, activation=1000, scores=600)
+    footprint = Footprint(cache=400, activation=1000, scores=600, logits=300)
     plain = Demand(rows, blocks=3, lower=1, early=False, prefixes=True, sharing=False)
     budgets = range(120_000, 4_000_000, 40_000)
     fits = [fit_generation(plain, footprint, budget, most_rows=None) for budget in budgets]
@@ -429,15 +429,19 @@ def test_a_larger_budget_never_runs_fewer_rows_and_a_row_that_does_not_fit_is_re
 def test_a_context_that_does_not_fit_is_refused_and_others_share_passes_as_far_as_they_fit():
     requests = [ScoreRequest((*range(3, 30), i), (token, 5)) for i in range(3, 33) for token in range(3, 7)]
     contexts, _ = build_contexts(requests, [0] * len(requests), 60)
-    footprint = Footprint(cache=400, activation=1000, scores=600)
-    plans = [fit_scoring(contexts, footprint, budget, most_contexts=None, prefixes=True) for budget in (60_000, 400_000, 1 << 40)]
+    footprint = Footprint(cache=400, activation=1000, scores=600, logits=300)
+    fits = [fit_scoring(contexts, footprint, budget, most_contexts=None, prefixes=True) for budget in (60_000, 300_000, 1 << 40)]
+    plans = [fit.plan for fit in fits]
+    assert fits[0].bytes <= 60_000 < fits[1].bytes <= 300_000 < fits[2].bytes
     assert [plan.contexts for plan in plans] == [30, 30, 30]
-    assert plans[0].tokens < plans[1].tokens < plans[2].tokens == 4096
-    assert plans[0].places < plans[1].places
+    # the 27 tokens that all contexts begin with run once, but each row holds them
+    assert plans[0].tokens < plans[1].tokens < plans[2].tokens == 30 * 5
+    assert plans[0].columns < plans[1].columns < plans[2].columns == 30 * 32
+    assert plans[0].places < plans[1].places < plans[2].places == 30 * 5
     with pytest.raises(
         ModelError, match="one context of 32 tokens under 1 specs needs 0 MiB beside the model's weights and the memory budget is 0 MiB"
     ):
-        fit_scoring(contexts, footprint, 40_000, most_contexts=None, prefixes=True)
+        fit_scoring(contexts, footprint, 20_000, most_contexts=None, prefixes=True)
 
 
 def test_an_engine_with_too_small_a_budget_says_so(tmp_path):

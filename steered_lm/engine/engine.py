@@ -247,11 +247,14 @@ class Engine:
                     done(mine, [row[places[n].continuation] for n in mine])
 
         footprint = Footprint.of(self._forward, self.support.cache_bytes)
-        plan = fit_scoring(contexts, footprint, self._budget(), most_contexts=most, prefixes=self.support.window is None)
+        part = (sites.fork + 1) / len(self._forward.blocks)
+        prefixes = self.support.window is None
+        fit = fit_scoring(contexts, footprint, self._budget(), most_contexts=most, prefixes=prefixes, part=part)
+        logger.debug("%d requests, %d tokens at once, %s planned", len(requests), fit.plan.tokens, mebibytes(fit.bytes))
         tables: dict[int, Table] = {}
-        run = TreeScorer(self._forward, sites, tables, plan, self.softmax_dtype)
+        run = TreeScorer(self._forward, sites, tables, fit.plan, self.softmax_dtype)
         try:
-            with self.report.peak(self._forward.device, None), self.steerer.running(tables, sites.layers):
+            with self.report.peak(self._forward.device, fit.bytes), self.steerer.running(tables, sites.layers):
                 run.run(contexts, note)
         finally:
             self.report.add_scoring(run.cost)

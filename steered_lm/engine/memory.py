@@ -14,8 +14,8 @@ import torch
 from steered_lm.engine.forward import Forward
 from steered_lm.engine.generate import GenerationPlan, columns, common_prefix
 from steered_lm.engine.rows import GenerationRow
-from steered_lm.engine.score import ScorePlan
-from steered_lm.engine.tree import Context
+from steered_lm.engine.score import LOGIT_ROWS, ScorePlan
+from steered_lm.engine.tree import Context, group_by_prefix
 from steered_lm.errors import ModelError
 
 # Shares of what is free that are taken without being asked: other programs, and the allocator's own waste, need the rest.
@@ -35,11 +35,13 @@ class Footprint(NamedTuple):
         cache: keys and values of one token, over all blocks.
         activation: what a block holds at once for one token.
         scores: one token's scores over the vocabulary, with the copies that choosing or normalising makes.
+        logits: the scores alone.
     """
 
     cache: int
     activation: int
     scores: int
+    logits: int
 
     @classmethod
     def of(cls, forward: Forward, cache_bytes: int) -> "Footprint":
@@ -47,7 +49,8 @@ class Footprint(NamedTuple):
         size = forward.model.dtype.itemsize
         widest = max(max(weight.shape) for block in forward.blocks for weight in block.parameters())
         width = forward.model.get_input_embeddings().weight.shape[1]
-        return cls(cache_bytes, size * (3 * widest + 4 * width), forward.head.weight.shape[0] * (size + 4))
+        vocabulary = forward.head.weight.shape[0]
+        return cls(cache_bytes, size * (3 * widest + 4 * width), vocabulary * (size + 4), vocabulary * size)
 
 
 class Fit(NamedTuple):
@@ -132,6 +135,8 @@ class Demand:
         """Return what a run of ``slots`` rows at once takes at its peak: while prompts run, or later, when the cache is full."""
         shared, part = self.shared(slots), self.lower / self.blocks
         prompts, wide = min(slots, len(self.prompts)), self.widest
+        # rows of a prompt come together: so many prompts are read at once
+        read = min(prompts, math.ceil(slots * len(self.prompts) / len(self.rows)) + 1)
         together = self.prompt_tokens(slots) / (wide - self.prefix)  # rows, or prompts, in a pass
         if self.early:
             prompt_cache = wide * (together * (1 - part) + min(together, prompts) * part)
@@ -141,7 +146,7 @@ class Demand:
         scores = footprint.scores * (_DRAW if self.draws else 1)
         prompting = prompt_cache * footprint.cache + together * (wide - self.prefix) * footprint.activation + slots * scores
         own = columns(self.rows, slots, shared=shared == self.blocks) - (wide * shared / self.blocks if shared < self.blocks else 0)
-        kept = slots * own + prompts * wide * shared / self.blocks
+        kept = slots * own + read * wide * shared / self.blocks
         stepping = slots * (footprint.activation + scores)
         later = (slots if self.early else prompts) - together  # that run when others have their keys and values in place already
         longest = max(row.max_new_tokens for row in self.rows)
@@ -183,27 +188,74 @@ def fit_generation(demand: Demand, footprint: Footprint, budget: int, *, most_ro
     return Fit(GenerationPlan(slots, demand.prompt_tokens(slots), demand.prefixes, demand.shared(slots)), needed)
 
 
-def fit_scoring(contexts: Sequence[Context], footprint: Footprint, budget: int, *, most_contexts: int | None, prefixes: bool) -> ScorePlan:
+class ScoreFit(NamedTuple):
+    """A plan for scoring, and the bytes that it takes at its peak."""
+
+    plan: ScorePlan
+    bytes: int
+
+
+def fit_scoring(
+    contexts: Sequence[Context], footprint: Footprint, budget: int, *, most_contexts: int | None, prefixes: bool, part: float = 1.0
+) -> ScoreFit:
     """Return the largest plan for scoring that stays within a budget.
+
+    Args:
+        contexts: what to score.
+        footprint: what the model's tensors take.
+        budget: bytes.
+        most_contexts: a limit of the user's own; None is as many as fit.
+        prefixes: whether common beginnings may run on their own.
+        part: share of the blocks that run once for all specs.
 
     Raises:
         ModelError: when not even one context fits.
     """
     widths = [len(c.key.tokens) + sum(len(tokens) - 1 for tokens in c.continuations) for c in contexts]
     reads = [1 + sum(len(tokens) - 1 for tokens in c.continuations) for c in contexts]
-    fan = max(len(c.specs) for c in contexts)
-    per_token = footprint.cache + footprint.activation
-    least = max(len(c.specs) * (width * per_token + read * footprint.scores) for c, width, read in zip(contexts, widths, reads, strict=True))
+    fans = [len(c.specs) for c in contexts]
+    # what a pass runs; the beginning that a group shares has run, but each row holds its keys and values
+    own = [width - prefix for width, prefix in zip(widths, _prefixes(contexts, prefixes), strict=True)]
+    # keys and values below the fork are there once for all specs
+    cached = footprint.cache * (1 - part + part / max(fans))
+    normalising = LOGIT_ROWS * footprint.scores
+
+    def need(tokens: float, held: float, places: float) -> float:
+        return tokens * footprint.activation + held * cached + places * footprint.logits + min(normalising, places * footprint.scores)
+
+    each = [(many * mine, many * width, many * read) for many, mine, width, read in zip(fans, own, widths, reads, strict=True)]
+    least = max(need(*size) for size in each)
     if least > budget:
         raise ModelError(
-            f"one context of {max(widths)} tokens under {fan} specs needs {mebibytes(least)} beside the model's weights and the memory budget is "
-            f"{mebibytes(budget)}. Raise memory_budget, or evaluate fewer specs at once."
+            f"one context of {max(widths)} tokens under {max(fans)} specs needs {mebibytes(least)} beside the model's weights and the memory budget "
+            f"is {mebibytes(budget)}. Raise memory_budget, or evaluate fewer specs at once."
         )
-    # the cached prefix is copied to every row, so a row costs its whole width
-    fits = budget / least
-    tokens = int(min(_SCORE_TOKENS, max(fits * max(widths) * fan / 2, max(widths) * fan)))
-    places = int(max(max(read * len(c.specs) for c, read in zip(contexts, reads, strict=True)), budget / 4 / footprint.scores))
-    return ScorePlan(most_contexts or len(contexts), tokens, places, prefixes)
+    full = max(_SCORE_TOKENS, max(size[0] for size in each))
+    share = 1.0
+    while True:
+        # a pass is full when any of the three is: none may be below what a single context takes
+        limits = [min(sum(size[i] for size in each), max(share * full * _steepest(each, i), max(size[i] for size in each))) for i in range(3)]
+        if need(*limits) <= budget or share < 1e-3:
+            break
+        share *= 0.9
+    tokens, columns_held, places = (math.ceil(limit) for limit in limits)
+    plan = ScorePlan(most_contexts or len(contexts), tokens, columns_held, places, prefixes)
+    return ScoreFit(plan, int(min(need(*limits), budget)))
+
+
+def _prefixes(contexts: Sequence[Context], share: bool) -> list[int]:
+    """Return how many tokens of each context will have run with others' before."""
+    found = [0] * len(contexts)
+    ordinary = [i for i, context in enumerate(contexts) if context.key.ordinary]
+    for group in group_by_prefix([contexts[i].key.tokens for i in ordinary], share=share):
+        for member in group.contexts:
+            found[ordinary[member]] = group.prefix
+    return found
+
+
+def _steepest(sizes: Sequence[tuple[int, int, int]], part: int) -> float:
+    """Return the largest ratio of one part of a context's size to the tokens that it runs."""
+    return max(size[part] / size[0] for size in sizes)
 
 
 def mebibytes(size: float) -> str:

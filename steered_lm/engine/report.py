@@ -54,9 +54,9 @@ class EngineReport:
         self.cache_bytes = max(self.cache_bytes, cost.cache_bytes)
 
     @contextmanager
-    def peak(self, device: torch.device, planned: int | None) -> Iterator[None]:
+    def peak(self, device: torch.device, planned: int) -> Iterator[None]:
         """Note how much memory what runs inside takes, and how much was planned for it."""
-        self.planned_bytes = max(self.planned_bytes, planned or 0)
+        self.planned_bytes = max(self.planned_bytes, planned)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)

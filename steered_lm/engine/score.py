@@ -15,7 +15,8 @@ from steered_lm.engine.sites import SpecSites
 from steered_lm.engine.tree import Context, Group, group_by_prefix
 from steered_lm.steering.hooks import Table
 
-_LOGIT_ROWS = 512
+# Rows of scores that are normalised at once.
+LOGIT_ROWS = 512
 
 
 class ScorePlan(NamedTuple):
@@ -24,12 +25,14 @@ class ScorePlan(NamedTuple):
     Attributes:
         contexts: most contexts in a pass.
         tokens: most tokens, rows times width, in a pass.
+        columns: most tokens in a pass and in the cache before it, rows times width.
         places: most positions in a pass whose scores over the vocabulary are computed.
         prefixes: whether common beginnings run on their own.
     """
 
     contexts: int
     tokens: int
+    columns: int
     places: int
     prefixes: bool = True
 
@@ -107,7 +110,8 @@ class TreeScorer:
         for part in reversed(members):
             width = max((p.width(prefix) for p in (*batch, part)), default=0)
             more_rows, more_places = rows + len(part.specs), places + len(part.specs) * part.reads
-            if batch and (len(batch) >= self._plan.contexts or more_rows * width > self._plan.tokens or more_places > self._plan.places):
+            sizes = ((len(batch) + 1, self._plan.contexts), (more_rows * width, self._plan.tokens), (more_places, self._plan.places))
+            if batch and any(size > most for size, most in (*sizes, (more_rows * (prefix + width), self._plan.columns))):
                 yield batch
                 batch, rows, places = [], 0, 0
             batch.append(part)
@@ -278,4 +282,4 @@ def _normaliser(logits: Float[Tensor, "places vocab"], dtype: torch.dtype | None
     """Return the log of the normaliser of each row's softmax and its likeliest token, a few rows at a time."""
     dtype = dtype or (logits.dtype if logits.dtype == torch.float64 else torch.float32)
     best = logits.argmax(dim=-1)
-    return torch.cat([part.to(dtype).logsumexp(dim=-1) for part in logits.split(_LOGIT_ROWS)]), best
+    return torch.cat([part.to(dtype).logsumexp(dim=-1) for part in logits.split(LOGIT_ROWS)]), best
