@@ -102,7 +102,8 @@ def _reset_mark() -> bool:
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Run one case in a process of its own."""
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # a fixed threshold: what is freed goes back at once, and the mark shows what was in use together, not what the allocator kept
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{case} failed:\n{done.stderr}")
