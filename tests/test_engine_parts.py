@@ -464,3 +464,28 @@ def test_the_footprint_of_a_token_is_what_its_keys_and_values_take():
         assert footprint.cache == bytes_per_token
         assert footprint.scores >= 64 * 4
         assert footprint.activation >= 32 * 4
+
+
+def test_a_device_that_runs_out_of_memory_gets_half_as_many_rows_until_it_fits(tmp_path, caplog):
+    model = random_model()
+    rows = [GenerationRow((3, 4, 5 + i % 20), 4 + i % 3, spec_for(model, tmp_path)) for i in range(20)]
+    requests = [ScoreRequest((3, 4, 5 + i), (7, 8), spec_for(model, tmp_path)) for i in range(20)]
+    expected = [Engine(Steerer(model), None, gemm="torch").generate(rows), Engine(Steerer(model), None).score(requests, max_length=60)]
+
+    def small_device(most):
+        def check(module, args, kwargs):
+            if len(kwargs["input_ids"]) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return model.register_forward_pre_hook(check, with_kwargs=True)
+
+    run = Engine(Steerer(model), None, gemm="torch")
+    assert run.support.generation is None
+    handle = small_device(6)
+    assert run.generate(rows) == expected[0]
+    assert [s.is_greedy for s in run.score(requests, max_length=60)] == [s.is_greedy for s in expected[1]]
+    assert "out of memory with 20 rows at once: going on with 10" in caplog.text
+    handle.remove()
+    small_device(0)
+    with pytest.raises(ModelError, match="out of memory with a single row"):
+        run.generate(rows)
