@@ -1,4 +1,4 @@
-"""The command line: ``steered-lm vectors | persona | optimize | eval | demo | report``."""
+"""The command line: ``steered-lm vectors | persona | judge | optimize | eval | demo | report``."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import steered_lm
+from steered_lm.commands.judge import judge_app
 from steered_lm.content import TINY_CHAT
 from steered_lm.errors import UserError
 from steered_lm.progress import GenerationBar, StepBar
@@ -27,6 +28,7 @@ report_app = typer.Typer(no_args_is_help=True, help="Draw reports again from the
 app.add_typer(vectors_app, name="vectors")
 app.add_typer(persona_app, name="persona")
 app.add_typer(report_app, name="report")
+app.add_typer(judge_app, name="judge")
 
 ModelName = Annotated[str, typer.Option("--model", help="Hub id, folder, or steered-lm/tiny-chat (the tiny model that ships with the package).")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:0, mps or cpu; by default what is there.")]

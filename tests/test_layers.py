@@ -9,10 +9,10 @@ from environments import REPOSITORY, run
 PACKAGE = REPOSITORY / "steered_lm"
 # The layer of each file or folder of the package; imports run downward, or sideways within a layer.
 LAYERS = {
-    **dict.fromkeys(("__init__", "errors", "config", "content", "chat", "_content"), 0),
+    **dict.fromkeys(("__init__", "errors", "config", "content", "chat", "stats", "_content"), 0),
     **dict.fromkeys(("steering", "extract", "engine", "judges", "persona", "search", "tiny_chat"), 1),
     **dict.fromkeys(("harness", "inspect_plugin", "report", "trait_models"), 2),
-    **dict.fromkeys(("cli", "_autoload", "arms", "demo", "progress", "study"), 3),
+    **dict.fromkeys(("cli", "_autoload", "arms", "demo", "progress", "study", "commands"), 3),
 }
 ROOM_OF_LIBRARY = {"lm_eval": "harness", "inspect_ai": "inspect_plugin"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

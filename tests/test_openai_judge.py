@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from steered_lm.errors import JudgeError
-from steered_lm.judges.base import Judge, JudgeRequest
-from steered_lm.judges.cache import CachedJudge, JudgeCache, StreamingJudge
+from steered_lm.judges.base import Judge, JudgeRequest, StreamingJudge
+from steered_lm.judges.cache import CachedJudge, JudgeCache
 from steered_lm.judges.endpoint import Endpoint
 from steered_lm.judges.openai import OpenAIJudge
 from steered_lm.judges.rubric import Rubric
@@ -387,6 +387,6 @@ def test_the_identity_follows_model_persona_endpoint_and_rubric(server: FaultSer
 
 def test_a_rubric_that_leaves_a_level_out_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "rubric.yaml"
-    file.write_text("name: x\nversion: 1\ninstructions: rate\nanswer: json\nlevels: {1: a, 2: b, 3: c, 5: e}\n")
+    file.write_text("name: x\nkind: persona_fit\nversion: 1\ninstructions: rate\nanswer: json\nanswer_token: one digit\nshows: {reply: response}\nlevels: {1: a, 2: b, 3: c, 5: e}\n")
     with pytest.raises(JudgeError, match=r"describe each of \[1, 2, 3, 4, 5\]"):
         Rubric.load(file)

@@ -11,7 +11,7 @@ from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from steered_lm.errors import UserError
-from steered_lm.report.stats import (
+from steered_lm.stats import (
     holm,
     mcnemar_paired,
     mean_gap,

@@ -11,6 +11,7 @@ from steered_lm.errors import JudgeError, near_misses
 
 if TYPE_CHECKING:
     from steered_lm.judges.base import Judge, Verdict
+    from steered_lm.judges.question import Question
     from steered_lm.persona.schema import Persona
 
 __all__ = ["ENTRY_POINTS", "check_missing", "judge_names", "make_judge"]
@@ -20,39 +21,44 @@ ENTRY_POINTS = "steered_lm.judges"
 _BUILT_IN = {"openai": "steered_lm.judges.openai:OpenAIJudge", "stylometric": "steered_lm.judges.stylometric:StylometricJudge"}
 
 
-def make_judge(name: str, persona: "Persona", *, cache: Path | str | None = None, **options: Any) -> "Judge":
-    """Return a judge of how well responses fit a persona.
+def make_judge(name: str, subject: "Persona | Question", *, cache: Path | str | None = None, **options: Any) -> "Judge":
+    """Return a judge of responses.
 
-    A backend is a class with ``for_persona(persona, others, **options)``, registered in the entry-point group ``steered_lm.judges``.
+    A backend is a class with ``for_question(question, **options)``, registered in the entry-point group ``steered_lm.judges``.
 
     Args:
-        name: ``stylometric``, or ``openai:<model>`` for any OpenAI-compatible endpoint (the part after the colon becomes ``model=``).
-        persona: the persona to judge against.
+        name: a backend, or ``<backend>:<model>`` (the part after the colon becomes ``model=``): ``stylometric``, ``openai:<model>``,
+            ``anthropic:<model>``, ``hf:<model>``, or a panel's YAML file (:mod:`steered_lm.judges.panel`).
+        subject: what is asked: a question, or a persona for the question how well responses fit it.
         cache: a SQLite file that keeps scores between runs; None keeps none.
         options: further options of the backend, such as ``base_url`` and ``key_env`` of ``openai``.
 
     Raises:
         JudgeError: when the backend is unknown (with near misses), its options do not fit, or it cannot be built.
     """
+    from steered_lm.judges.question import Question
+
+    question = subject if isinstance(subject, Question) else Question.of_persona(subject)
     backend, _, model = name.partition(":")
     loaded = _load_backend(name, backend)
     if model:
         options = {"model": model, **options}
-    from steered_lm.persona.load import list_personas, load_persona
-
-    others = [load_persona(other) for other in list_personas() if other != persona.name]
     try:
-        inspect.signature(loaded.for_persona).bind(persona, others, **options)
+        inspect.signature(loaded.for_question).bind(question, **options)
     except TypeError as problem:
         raise JudgeError(
             f"judge={name!r} does not take options {sorted(options)}: {problem}. Write for example stylometric or openai:<model>."
         ) from problem
-    judge: Judge = loaded.for_persona(persona, others, **options)
-    if cache is None:
-        return judge
-    from steered_lm.judges.cache import CachedJudge, JudgeCache
+    judge: Judge = loaded.for_question(question, **options)
+    if cache is not None:
+        from steered_lm.judges.cache import CachedJudge, JudgeCache
 
-    return CachedJudge(judge, JudgeCache(Path(cache)))
+        judge = CachedJudge(judge, JudgeCache(Path(cache)))
+    if question.kind == "pairwise":
+        from steered_lm.judges.pairwise import BothOrders
+
+        judge = BothOrders(judge)
+    return judge
 
 
 def judge_names() -> list[str]:

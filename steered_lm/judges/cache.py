@@ -2,14 +2,13 @@
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from steered_lm.config import content_hash
 from steered_lm.errors import JudgeError
-from steered_lm.judges.base import Judge, JudgeRequest, Verdict
+from steered_lm.judges.base import Judge, JudgeRequest, StreamingJudge, Verdict
 
 _APPLICATION_ID = 0x736C6D6A  # "slmj", so that a foreign SQLite file is recognised
 _SCHEMA_VERSION = 1
@@ -23,17 +22,6 @@ CREATE TABLE IF NOT EXISTS verdicts (
     judge TEXT NOT NULL
 ) WITHOUT ROWID
 """
-
-OnVerdict = Callable[[int, Verdict], None]
-
-
-@runtime_checkable
-class StreamingJudge(Protocol):
-    """A judge that can hand over each verdict as it arrives, so that a killed run keeps those that were finished."""
-
-    def judge_each(self, requests: Sequence[JudgeRequest], on_verdict: OnVerdict) -> list[Verdict]:
-        """Do what ``judge`` does, and call ``on_verdict(index, verdict)`` for each verdict as it arrives."""
-        ...
 
 
 class JudgeCache:

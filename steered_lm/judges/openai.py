@@ -9,18 +9,16 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
 from steered_lm.config import content_hash
 from steered_lm.errors import JudgeError, require
-from steered_lm.judges.base import JudgeRequest, Verdict
+from steered_lm.judges.base import JudgeRequest, OnVerdict, Verdict
 from steered_lm.judges.endpoint import Endpoint
+from steered_lm.judges.question import Question
 from steered_lm.judges.rubric import Rubric
-
-if TYPE_CHECKING:
-    from steered_lm.persona.schema import Persona
 
 _log = logging.getLogger(__name__)
 _SCORES = (1, 2, 3, 4, 5)
@@ -40,8 +38,6 @@ _FATAL = {
 _REFUSED = (400, 422)
 _FAILURES_IN_A_ROW = 8
 _SHOWN = 500  # characters of a text from outside that are kept
-
-OnVerdict = Callable[[int, Verdict], None]
 
 
 class _Mode(NamedTuple):
@@ -132,9 +128,9 @@ class OpenAIJudge:
         self._mode = _Mode()
 
     @classmethod
-    def for_persona(cls, persona: "Persona", others: "Sequence[Persona]" = (), **options: Any) -> Self:
-        """Return the judge of one persona; ``others`` do not matter to it, ``options`` are ``Endpoint``'s fields."""
-        return cls(Endpoint.from_options(options), persona.judge_prompt)
+    def for_question(cls, question: Question, **options: Any) -> Self:
+        """Return a judge of one question; ``options`` are ``Endpoint``'s fields."""
+        return cls(Endpoint.from_options(options), question.subject, rubric=question.rubric)
 
     @property
     def name(self) -> str:

@@ -24,7 +24,9 @@ from sklearn.preprocessing import StandardScaler
 from steered_lm.config import Config, content_hash, file_hash
 from steered_lm.errors import JudgeError
 from steered_lm.judges.base import SCALE, JudgeRequest, Verdict
+from steered_lm.judges.question import Question
 from steered_lm.persona import meter
+from steered_lm.persona.load import list_personas, load_persona
 from steered_lm.persona.schema import Persona
 from steered_lm.persona.style import style_features, words
 
@@ -132,6 +134,19 @@ class StylometricJudge:
                     f"persona {one.name!r} has {len(one.items('build'))} utterances in its build split; at least {_LEAST_BUILD} are needed."
                 )
         return cls(persona, against, params or StylometricParams(), seed)
+
+    @classmethod
+    def for_question(cls, question: Question, *, seed: int = 0, params: StylometricParams | None = None) -> Self:
+        """Return the judge of a question's persona against all others of ours.
+
+        Raises:
+            JudgeError: when the question is another one than persona fit, or the judge cannot be fitted.
+        """
+        if question.kind != "persona_fit" or question.persona is None:
+            raise JudgeError(
+                f"judge=stylometric answers one kind of question, persona_fit of a persona, not {question.kind!r}. Use a language model."
+            )
+        return cls.for_persona(question.persona, [load_persona(name) for name in list_personas()], seed=seed, params=params)
 
     @property
     def name(self) -> str:

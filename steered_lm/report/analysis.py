@@ -4,7 +4,7 @@ from typing import Literal
 
 from steered_lm.config import Config
 from steered_lm.report.data import Arm, ArmKind, CapabilityTask, ReportData, Scores, VectorInfo
-from steered_lm.report.stats import Estimate, PairedDifference, holm, mcnemar_paired, mean_gap, mean_interval, paired_difference, share_interval
+from steered_lm.stats import Estimate, PairedDifference, holm, mcnemar_paired, mean_gap, mean_interval, paired_difference, share_interval
 
 Question = Literal["unsteered", "prompted", "optimizer", "random_direction", "null"]
 Outcome = Literal["higher", "lower", "uncorrected", "unclear", "no_interval", "no_data"]

@@ -9,8 +9,8 @@ from pydantic import JsonValue
 from steered_lm.config import Config
 from steered_lm.report.analysis import Analysis, Comparison
 from steered_lm.report.data import ReportData, SearchTrace
-from steered_lm.report.stats import PairedDifference
 from steered_lm.report.wording import count
+from steered_lm.stats import PairedDifference
 
 Json = dict[str, JsonValue]
 

@@ -1,6 +1,6 @@
 """Numbers as a reader sees them: signs that are always there, intervals in words, a dash for what is missing."""
 
-from steered_lm.report.stats import Estimate, PairedDifference
+from steered_lm.stats import Estimate, PairedDifference
 
 NOTHING = "\N{EN DASH}"
 

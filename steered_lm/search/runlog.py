@@ -76,10 +76,7 @@ def installed_versions(*names: str) -> dict[str, str]:
 
 def score_to_json(score: CandidateScore) -> dict[str, Any]:
     """Return a candidate's outcomes as they are logged: per item the response, its length in characters, the score or why it is missing."""
-    rows = [
-        {"item": i.item, "prompt": i.prompt, "response": i.response, "length": len(i.response), **i.verdict.model_dump(mode="json")}
-        for i in score.items
-    ]
+    rows = [{"item": i.item, "prompt": i.prompt, "response": i.response, "length": len(i.response), **i.verdict.record()} for i in score.items]
     return {"mean": None if score.missing == len(score.items) else score.mean, "missing": score.missing, "items": rows}
 
 

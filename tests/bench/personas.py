@@ -11,8 +11,8 @@ from pathlib import Path
 from steered_lm.arms import UNSTEERED
 from steered_lm.extract.contrast import available_traits
 from steered_lm.persona.load import list_personas
-from steered_lm.report.stats import PairedDifference, paired_difference
 from steered_lm.search.protocol import CandidateScore
+from steered_lm.stats import PairedDifference, paired_difference
 from steered_lm.study import ModelConfig, SearchConfig, Study, StudyConfig, build
 
 

@@ -1,0 +1,1 @@
+"""Groups of commands of ``steered-lm``, one module a command."""
