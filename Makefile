@@ -28,8 +28,8 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## lint, then the test suite
-	$(BIN)/python -m pytest
+test: lint ## lint, then the test suite, one process a core
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 # Small models and few rounds; each script says with --help what it takes, and --full is the whole table.
 bench: $(STAMP) ## benchmarks in a reduced form (some minutes): ratios, both sides in one run; numbers go to bench/

@@ -12,6 +12,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from environments import REPOSITORY, install_into, make_environment, run
 
 
+# files that share a clean environment, so that one worker builds it once
+INSTALLED = {"test_autoload", "test_packaging", "test_stock_commands"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep each file's tests on one worker (``--dist loadgroup``): its fixtures are then made once."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("installed" if item.path.stem in INSTALLED else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist and the wheel that was built from it."""
