@@ -2,6 +2,7 @@ import asyncio
 import gc
 import json
 import logging
+import threading
 import weakref
 from pathlib import Path
 
@@ -134,17 +135,25 @@ def test_mixed_specs_and_settings_share_a_batch_and_give_what_one_by_one_gives(f
 
 
 def tokens_of(outputs_of):
-    """The tokens of every choice that is made while ``outputs_of`` runs, in the order of the requests."""
+    """Every choice that is made while ``outputs_of`` runs: what was asked for, and the tokens; replies come in any order, so sorted."""
     found, reply = [], Replier._reply
 
     def noted(self, generated, request):
-        found.append((request.rows[0].tokens, generated))
+        first = request.rows[0]
+        asked = (
+            first.tokens,
+            first.max_new_tokens,
+            first.stop,
+            None if first.spec is None else first.spec.digest,
+            [r.sampling for r in request.rows],
+        )
+        found.append((asked, generated))
         return reply(self, generated, request)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Replier, "_reply", noted)
         assert not [output for output in outputs_of() if isinstance(output, Exception)]
-    return found
+    return sorted(found, key=repr)
 
 
 @pytest.fixture(scope="module")
@@ -482,7 +491,7 @@ def test_closing_detaches_every_hook_and_lets_go_of_the_model(folder, specs):
 def test_requests_that_wait_while_a_batch_runs_form_the_next_one():
     batches = []
 
-    def run(batch):
+    def run(batch, deliver):
         batches.append(list(batch))
         return [2 * item for item in batch]
 
@@ -498,7 +507,7 @@ def test_requests_that_wait_while_a_batch_runs_form_the_next_one():
 
 
 def test_what_a_run_raises_reaches_every_request_of_the_batch_and_the_batcher_goes_on():
-    def run(batch):
+    def run(batch, deliver):
         if 13 in batch:
             raise UserError("thirteen")
         return [KeyError("seven") if item == 7 else item for item in batch]
@@ -517,7 +526,7 @@ def test_what_a_run_raises_reaches_every_request_of_the_batch_and_the_batcher_go
 
 
 def test_a_cancelled_request_leaves_the_others_their_results():
-    batcher = Batcher(list, max_size=8, window=0.05)
+    batcher = Batcher(lambda batch, deliver: list(batch), max_size=8, window=0.05)
     results = []
 
     async def main():
@@ -539,3 +548,65 @@ def test_a_cancelled_request_leaves_the_others_their_results():
 
     anyio.run(main)
     assert results == ["follower"]
+
+
+def test_a_result_that_is_delivered_early_reaches_its_request_while_the_batch_goes_on():
+    told = threading.Event()
+
+    def run(batch, deliver):
+        deliver(batch.index("short"), "short")
+        assert told.wait(10), "the short request heard nothing while the batch ran"
+        return list(batch)
+
+    batcher = Batcher(run, max_size=8)
+
+    async def short():
+        await asyncio.sleep(0)  # the long request runs the batch
+        assert await batcher.submit("short") == "short"
+        told.set()
+
+    async def main():
+        return await asyncio.gather(batcher.submit("long"), short())
+
+    assert asyncio.run(main()) == ["long", None]
+
+
+def test_a_cancelled_request_that_runs_the_batch_still_finishes_it_for_the_others():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def run(batch, deliver):
+        begun.set()
+        assert go_on.wait(10)
+        return list(batch)
+
+    batcher = Batcher(run, max_size=8)
+
+    async def main():
+        leader = asyncio.ensure_future(batcher.submit("leader"))
+        follower = asyncio.ensure_future(batcher.submit("follower"))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        leader.cancel()
+        go_on.set()
+        assert await asyncio.wait_for(follower, 10) == "follower"
+        with pytest.raises(asyncio.CancelledError):
+            await leader
+
+    asyncio.run(main())
+
+
+def test_a_short_reply_arrives_before_the_long_ones_of_its_batch(folder):
+    api = SteeredHFAPI(str(folder))
+    order = []
+
+    async def one(name, **config):
+        await api.generate([ChatMessageUser(content=f"tell me of {name}")], [], "none", GenerateConfig(**config))
+        order.append((name, api.engine.report.steps))
+
+    async def main():
+        # the first one runs the batch and stays to its end
+        await asyncio.gather(one("dog", max_tokens=40), one("fox", max_tokens=40), one("cat", max_tokens=1))
+
+    asyncio.run(main())
+    assert order[0][0] == "cat"
+    assert order[0][1] < order[-1][1]

@@ -1,7 +1,7 @@
 """From requests to the engine's rows, and from what it generated to replies."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +13,7 @@ from steered_lm.engine.memory import mebibytes
 from steered_lm.engine.plain import generate_plain
 from steered_lm.engine.stops import Stops, decode, end_ids
 from steered_lm.errors import ModelError, UserError
+from steered_lm.inspect_plugin.batcher import Deliver
 from steered_lm.steering.spec import SteeringSpec
 
 logger = logging.getLogger(__name__)
@@ -106,12 +107,20 @@ class Replier:
         self._engine, self._exact = engine, exact
         self._stops = Stops(engine.tokenizer, end_ids)
 
-    def answer(self, requests: Sequence[Request]) -> list[list[Reply] | Exception]:
-        """Return one reply a row for each request, or the error that is its alone."""
-        problems = [self._spec_problem(request.rows[0].spec) for request in requests]
-        sound = [request for request, problem in zip(requests, problems, strict=True) if problem is None]
-        answers = iter(self._answers(sound))
-        return [next(answers) if problem is None else problem for problem in problems]
+    def answer(self, requests: Sequence[Request], deliver: Deliver[list[Reply]]) -> list[list[Reply] | Exception]:
+        """Return one reply a row for each request, or the error that is its alone; ``deliver`` gets each as soon as it is there."""
+        found: dict[int, list[Reply] | Exception] = {}
+
+        def settle(number: int, outcome: list[Reply] | Exception) -> None:
+            found[number] = outcome
+            deliver(number, outcome)
+
+        problems = {number: self._spec_problem(request.rows[0].spec) for number, request in enumerate(requests)}
+        for number, problem in problems.items():
+            if problem is not None:
+                settle(number, problem)
+        self._answer([number for number, problem in problems.items() if problem is None], requests, settle)
+        return [found[number] for number in range(len(requests))]
 
     def _spec_problem(self, spec: SteeringSpec | None) -> UserError | None:
         # compiling attaches hooks, so it happens here, where no forward pass is under way
@@ -121,34 +130,43 @@ class Replier:
             return error
         return None
 
-    def _answers(self, requests: Sequence[Request]) -> list[list[Reply] | Exception]:
-        if not requests:
-            return []
-        try:
-            generated = iter(self._generate([row for request in requests for row in request.rows]))
-        except ModelError as error:
-            if len(requests) == 1:
-                return [error]
-        else:
-            return [self._replies(request, [next(generated) for _ in request.rows]) for request in requests]
-        # too much for the memory: halves, until what is refused is the one request that does not fit by itself
-        half = len(requests) // 2
-        return self._answers(requests[:half]) + self._answers(requests[half:])
+    def _answer(self, numbers: Sequence[int], requests: Sequence[Request], settle: Callable[[int, list[Reply] | Exception], None]) -> None:
+        if not numbers:
+            return
+        left = set(numbers)
+        written: dict[int, list[Generated | None]] = {number: [None] * len(requests[number].rows) for number in numbers}
+        owners = [(number, place) for number in numbers for place in range(len(requests[number].rows))]
 
-    def _generate(self, rows: Sequence[GenerationRow]) -> list[Generated]:
+        def done(row: int, generated: Generated) -> None:
+            number, place = owners[row]
+            written[number][place] = generated
+            whole = [one for one in written[number] if one is not None]
+            if len(whole) == len(written[number]):
+                left.discard(number)
+                settle(number, self._replies(requests[number], whole))
+
+        try:
+            self._generate([row for number in numbers for row in requests[number].rows], done)
+        except ModelError as error:
+            if len(left) == 1:
+                settle(left.pop(), error)
+                return
+            # too much for the memory: halves, until what is refused is the one request that does not fit by itself
+            rest = [number for number in numbers if number in left]
+            self._answer(rest[: len(rest) // 2], requests, settle)
+            self._answer(rest[len(rest) // 2 :], requests, settle)
+
+    def _generate(self, rows: Sequence[GenerationRow], done: Callable[[int, Generated], None]) -> None:
         started = perf_counter()
         try:
             if self._exact:
-                found: dict[int, Generated] = {}
-                generate_plain(self._engine.steerer, rows, self._stops, 1, found.__setitem__)
-                generated = [found[number] for number in range(len(rows))]
+                generate_plain(self._engine.steerer, rows, self._stops, 1, done)
             else:
-                generated = self._engine.generate(rows)
+                self._engine.generate(rows, done)
         except torch.OutOfMemoryError as error:
             widest = max(len(row.tokens) for row in rows)
             raise ModelError(f"out of memory with {len(rows)} rows of up to {widest} tokens. Lower -M memory_budget or -M batch_size.") from error
         logger.debug("%d rows in %.2f s, peak so far %s", len(rows), perf_counter() - started, mebibytes(self._engine.report.peak_bytes))
-        return generated
 
     def _replies(self, request: Request, generated: Sequence[Generated]) -> list[Reply] | Exception:
         if any(one.ended == "nan" for one in generated):
