@@ -147,7 +147,8 @@ def _judge_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _judge_batcher(persona: Persona, judge: str, cache: str | None, options: dict[str, Any]) -> Batcher[JudgeRequest, Verdict]:
-    return Batcher(make_judge(judge, persona, cache=cache, **options).judge, max_size=64)
+    built = make_judge(judge, persona, cache=cache, **options)
+    return Batcher(lambda requests, deliver: built.judge(requests), max_size=64)
 
 
 def _as_score(verdict: Verdict, response: str) -> Score:
