@@ -17,7 +17,7 @@ setup: $(STAMP) ## create .venv with the project and all that its tests need
 $(STAMP): pyproject.toml constraints.txt hatch_build.py steered_lm.pth steered_lm.start
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,openai,peft]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[anthropic,dev,openai,peft]'
 	@touch $@
 
 demo: $(STAMP) ## tiny model, vectors, search, comparison and report in about three minutes
@@ -39,6 +39,8 @@ bench: $(STAMP) ## benchmarks in a reduced form (some minutes): ratios, both sid
 	$(BIN)/python tests/bench/overhead.py
 	$(BIN)/python tests/bench/startup.py 100
 	$(BIN)/python tests/bench/personas.py --budget 16
+	$(BIN)/python tests/bench/judge_cache.py
+	$(BIN)/python tests/bench/judging.py
 
 wheel: $(STAMP) ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation
