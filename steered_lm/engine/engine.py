@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from time import perf_counter
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from steered_lm.engine.adapters import Adapters
 from steered_lm.engine.forward import Forward
 from steered_lm.engine.gemm import Gemm, onednn_linear
 from steered_lm.engine.generate import Population
@@ -21,7 +22,7 @@ from steered_lm.engine.rows import Generated, GenerationRow, Scored, ScoreReques
 from steered_lm.engine.score import TreeScorer
 from steered_lm.engine.sites import SpecSites
 from steered_lm.engine.stops import Stops
-from steered_lm.engine.support import Support, inspect_model
+from steered_lm.engine.support import Support, inspect_adapters, inspect_model
 from steered_lm.engine.tree import build_contexts, check_requests
 from steered_lm.errors import ModelError
 from steered_lm.steering.compile import CompiledSpec
@@ -74,6 +75,7 @@ class Engine:
         self._forward = Forward(steerer)
         self._support: Support | None = None
         self._said: set[str] = set()
+        self._mixed: dict[tuple[str, ...], str | None] = {}
 
     @property
     def support(self) -> Support:
@@ -86,30 +88,34 @@ class Engine:
         """Return one continuation a row, in order.
 
         Args:
-            rows: what to generate. Rows that are alike and greedy run once.
+            rows: what to generate. Rows that are alike and greedy run once, and rows with different adapters together.
             done: is told each row's number and continuation as soon as it is complete, before the others are.
 
         Raises:
             ValueError: for an empty prompt or nothing to generate.
-            ModelError: when not even one row fits the memory budget.
+            ModelError: when not even one row fits the memory budget, or an adapter is not loaded or not plain LoRA.
             SpecError, VectorsError: when a spec does not fit the model.
         """
         for number, row in enumerate(rows):
             if not row.tokens or row.max_new_tokens < 1:
                 raise ValueError(f"row {number} has {len(row.tokens)} prompt tokens and max_new_tokens={row.max_new_tokens}; both must be 1 or more.")
         found: dict[int, Generated] = {}
+        adapters, names = self._adapters([row.adapter for row in rows])
+        rows = [row._replace(adapter=name) for row, name in zip(rows, names, strict=True)]
         twins = _twins(rows)
         chosen = list(twins)
 
-        def tell(number: int, generated: Generated) -> None:
-            for twin in twins[chosen[number]]:
+        def tell(turn: Sequence[int], number: int, generated: Generated) -> None:
+            for twin in twins[chosen[turn[number]]]:
                 found[twin] = generated
                 if done is not None:
                     done(twin, generated)
 
         if rows:
-            with self._session():
-                self._generate([rows[i] for i in chosen], tell)
+            mixed = adapters if adapters is not None and self._mixes(adapters, tuple(sorted(set(filter(None, names))))) else None
+            with self._session(adapters):
+                for turn in _turns([None if mixed is not None else names[i] for i in chosen], adapters):
+                    self._generate([rows[chosen[i]] for i in turn], mixed, partial(tell, turn))
         return [found[number] for number in range(len(rows))]
 
     def score(
@@ -124,29 +130,54 @@ class Engine:
 
         Raises:
             ValueError: for an empty context or continuation, or a continuation longer than ``max_length``.
-            ModelError: when not even one context fits the memory budget.
+            ModelError: when not even one context fits the memory budget, or an adapter is not loaded or not plain LoRA.
             SpecError, VectorsError: when a spec does not fit the model.
         """
         check_requests(requests, max_length)
         found: dict[int, Scored] = {}
 
-        def tell(numbers: Sequence[int], scored: Sequence[Scored]) -> None:
+        def tell(turn: Sequence[int], places: Sequence[int], scored: Sequence[Scored]) -> None:
+            numbers = [turn[place] for place in places]
             found.update(zip(numbers, scored, strict=True))
             if done is not None:
                 done(numbers, scored)
 
+        adapters, names = self._adapters([request.adapter for request in requests])
         if requests:
-            with self._session():
-                self._score(requests, max_length, tell)
+            with self._session(adapters):
+                for turn in _turns(names, adapters):
+                    self._score([requests[i] for i in turn], max_length, partial(tell, turn))
         return [found[number] for number in range(len(requests))]
 
-    def _session(self) -> ExitStack:
+    def _session(self, adapters: Adapters | None) -> ExitStack:
+        assert self.support is not None, "the trial is of the model as it stands"
         stack = ExitStack()
         stack.enter_context(torch.inference_mode())
         stack.enter_context(onednn_linear(self._forward.model, self.gemm))
+        if adapters is not None:
+            stack.enter_context(adapters.running())
         return stack
 
-    def _generate(self, rows: Sequence[GenerationRow], tell: Callable[[int, Generated], None]) -> None:
+    def _adapters(self, asked: Sequence[str | None]) -> tuple[Adapters | None, Sequence[str | None]]:
+        """Return the model's adapters and each row's by name; None, and None for each, when no row names one."""
+        named = next((name for name in asked if name is not None), None)
+        if named is None:
+            return None, asked
+        adapters = Adapters(self._forward.model, named)
+        resolved = {name: adapters.resolve(name) for name in dict.fromkeys(asked)}
+        return adapters, [resolved[name] for name in asked]
+
+    def _mixes(self, adapters: Adapters, names: tuple[str, ...]) -> bool:
+        """Return whether rows with these adapters can run together."""
+        if len(names) < 2 or self.support.generation is not None:
+            return False
+        if names not in self._mixed:
+            self._mixed[names] = inspect_adapters(self._forward, adapters, names)
+            if self._mixed[names] is not None:
+                logger.warning("%s runs one adapter after the other, correct but slower: %s", type(self._forward.model).__name__, self._mixed[names])
+        return self._mixed[names] is None
+
+    def _generate(self, rows: Sequence[GenerationRow], mixed: Adapters | None, tell: Callable[[int, Generated], None]) -> None:
         stops = Stops(self.tokenizer, self._end_ids)
         if not self._works(self.support.generation):
             started = perf_counter()
@@ -163,11 +194,13 @@ class Engine:
         while missing:
             numbers = list(missing)
             try:
-                self._generate_planned([missing[n] for n in numbers], most, stops, partial(note, numbers))
+                self._generate_planned([missing[n] for n in numbers], mixed, most, stops, partial(note, numbers))
             except torch.OutOfMemoryError:
                 most = self._fewer(most or len(numbers))
 
-    def _generate_planned(self, rows: Sequence[GenerationRow], most_rows: int | None, stops: Stops, done: Callable[[int, Generated], None]) -> None:
+    def _generate_planned(
+        self, rows: Sequence[GenerationRow], mixed: Adapters | None, most_rows: int | None, stops: Stops, done: Callable[[int, Generated], None]
+    ) -> None:
         sites, numbers = self._sites([row.spec for row in rows])
         demand = Demand(
             rows,
@@ -181,7 +214,7 @@ class Engine:
         fit = fit_generation(demand, Footprint.of(self._forward, self.support.cache_bytes), self._budget(), most_rows=most_rows)
         logger.debug("%d rows, %d at once, %s planned", len(rows), fit.plan.rows, mebibytes(fit.bytes))
         tables: dict[int, Table] = {}
-        run = Population(self._forward, sites, tables, rows, numbers, fit.plan, stops, done)
+        run = Population(self._forward, sites, tables, rows, numbers, fit.plan, stops, done, mixed)
         try:
             with self.report.peak(self._forward.device, fit.bytes), self.steerer.running(tables, sites.layers):
                 run.run(int(self._forward.head.weight.shape[0]))
@@ -284,6 +317,14 @@ class Engine:
             self._said.add(obstacle)
             logger.warning("%s runs in ordinary batches, correct but slower: %s", type(self._forward.model).__name__, obstacle)
         return obstacle is None
+
+
+def _turns(names: Sequence[str | None], adapters: Adapters | None) -> Iterator[list[int]]:
+    """Yield the numbers of what runs together: one adapter after the other, each acting while its turn lasts."""
+    for name in dict.fromkeys(names):
+        if adapters is not None:
+            adapters.only = name
+        yield [number for number, own in enumerate(names) if own == name]
 
 
 def _twins(rows: Sequence[GenerationRow]) -> dict[int, deque[int]]:

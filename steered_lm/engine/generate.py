@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steered_lm.engine.adapters import Adapters, Group, by_adapter
 from steered_lm.engine.attention import SharedPrompts, reading
 from steered_lm.engine.cache import EngineCache
 from steered_lm.engine.forward import Fork, Forward
@@ -19,8 +20,10 @@ from steered_lm.engine.sites import PassTable, SpecSites
 from steered_lm.engine.stops import Stops
 from steered_lm.steering.hooks import Table
 
+# A prompt, and the number of its adapter: with another one it has other keys and values, from the first block on.
+_Prompt = tuple[tuple[int, ...], int]
 # A prompt, and whether it is steered.
-_Key = tuple[tuple[int, ...], bool]
+_Key = tuple[_Prompt, bool]
 
 # Fewer common tokens than this are not worth a pass of their own.
 _PREFIX = 8
@@ -70,6 +73,7 @@ class _Batch:
     feed: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     tables: dict[int, Table] = field(default_factory=dict)
+    groups: list[Group] = field(default_factory=list)
 
 
 class _Prompts(NamedTuple):
@@ -101,6 +105,7 @@ class Population:
         plan: GenerationPlan,
         stops: Stops,
         done: Callable[[int, Generated], None],
+        adapters: Adapters | None = None,
     ) -> None:
         """Prepare a run.
 
@@ -113,10 +118,13 @@ class Population:
             plan: how much runs at once.
             stops: says when a row ends.
             done: is told each row's continuation as soon as it is complete.
+            adapters: is told which row of a pass has which adapter; None when rows name none, or all the same.
         """
         self._forward, self._sites, self._tables, self._plan = forward, sites, tables, plan
         self._rows, self._stops, self._done = rows, stops, done
         self._numbers = torch.tensor(numbers, dtype=torch.int64)
+        self._adapters, self._names = adapters, sorted({row.adapter or "" for row in rows})
+        self._adapter = [self._names.index(row.adapter or "") for row in rows]
         self._split = torch.tensor([len(row.tokens) - 1 for row in rows])
         self._written: list[list[int]] = [[] for _ in rows]
         self._blocks = len(forward.blocks)
@@ -131,7 +139,7 @@ class Population:
         rows, plan = self._rows, self._plan
         sampler = Sampler(rows, vocabulary, self._forward.device)
         # rows of one prompt stay together, so that it runs once for as many of them as fit; long ones first
-        waiting = sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), rows[i].tokens, self._sites.early[self._numbers[i]]), reverse=True)
+        waiting = sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), *self._prompt(i), self._sites.early[self._numbers[i]]), reverse=True)
         slots = min(len(rows), plan.rows)
         assert self._whole or not plan.shared or slots == len(rows), "prompts are shared in part only when all rows come at once"
         capacity = columns(rows, slots, shared=self._whole)
@@ -173,31 +181,37 @@ class Population:
         parts: list[list[int]] = []
         for early in (False, True):
             part: list[int] = []
-            width, sequences = 0, set[tuple[int, ...]]()
+            width, sequences = 0, set[_Prompt]()
             for row in (row for row in rows if self._sites.early[self._numbers[row]] is early):
-                tokens = self._rows[row].tokens
-                size = (len(part) + 1 if early else len(sequences | {tokens})) * (max(width, len(tokens)) - self._common)
+                prompt = self._prompt(row)
+                size = (len(part) + 1 if early else len(sequences | {prompt})) * (max(width, len(prompt[0])) - self._common)
                 if part and size > self._plan.prompt_tokens:
                     parts.append(part)
                     part, width, sequences = [], 0, set()
                 part.append(row)
-                width, sequences = max(width, len(tokens)), sequences | {tokens}
+                width, sequences = max(width, len(prompt[0])), sequences | {prompt}
             if part:
                 parts.append(part)
         return parts
 
     def _prompts(self, rows: Sequence[int]) -> _Prompts:
-        prompts = list(dict.fromkeys(self._rows[row].tokens for row in rows))
-        place = {tokens: i for i, tokens in enumerate(prompts)}
-        sequence = torch.tensor([place[self._rows[row].tokens] for row in rows])
-        prefix = common_prefix(prompts) if self._plan.prefixes else 0
+        prompts = list(dict.fromkeys(self._prompt(row) for row in rows))
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        sequence = torch.tensor([place[self._prompt(row)] for row in rows])
+        prefix = self._prefix(prompts)
         if len(prompts) < len(rows) and not self._sites.early[self._numbers[rows[0]]]:
             return self._shared_prompts(rows, prompts, sequence, prefix)
         return self._own_prompts(rows, prompts, sequence, prefix)
 
+    def _prompt(self, row: int) -> _Prompt:
+        return self._rows[row].tokens, self._adapter[row]
+
+    def _prefix(self, prompts: Sequence[_Prompt]) -> int:
+        return common_prefix(list({tokens: None for tokens, _ in prompts})) if self._plan.prefixes else 0
+
     def _key(self, row: int) -> _Key:
         """Return what rows have to have in common to read one copy of a prompt."""
-        return self._rows[row].tokens, self._sites.early[self._numbers[row]] and not self._whole
+        return self._prompt(row), self._sites.early[self._numbers[row]] and not self._whole
 
     def _share(self, batch: _Batch, rows: Sequence[int]) -> None:
         """Run prompts but for their last token, which is each row's first step, and keep one copy of each."""
@@ -205,14 +219,14 @@ class Population:
         assert shared is not None, "every block shares prompts"
         read = sorted({batch.prompts[self._key(row)] for row in batch.rows})
         kept = {key: read.index(number) for key, number in batch.prompts.items() if number in read}
-        new = [tokens for tokens in dict.fromkeys(self._rows[row].tokens for row in rows) if (tokens, False) not in kept]
+        new = [prompt for prompt in dict.fromkeys(self._prompt(row) for row in rows) if (prompt, False) not in kept]
         cache: EngineCache | None = None
         mask: Tensor | None = None
         if new:
-            cache, mask = self._unsteered(new, common_prefix(new) if self._plan.prefixes else 0)
+            cache, mask = self._unsteered(new, self._prefix(new))
             self.cost.cache_bytes = max(self.cost.cache_bytes, batch.cache.nbytes + shared.nbytes + cache.nbytes)
         shared.replace(read, cache, mask)
-        batch.prompts = kept | {(tokens, False): len(read) + number for number, tokens in enumerate(new)}
+        batch.prompts = kept | {(prompt, False): len(read) + number for number, prompt in enumerate(new)}
         batch.mask[len(batch.rows) : len(batch.rows) + len(rows)] = 0
         for row in rows:
             tokens = self._rows[row].tokens
@@ -221,56 +235,76 @@ class Population:
             batch.feed.append(tokens[-1])
             batch.positions.append(len(tokens) - 1)
 
-    def _unsteered(self, prompts: list[tuple[int, ...]], prefix: int) -> tuple[EngineCache, Tensor]:
+    def _unsteered(self, prompts: list[_Prompt], prefix: int) -> tuple[EngineCache, Tensor]:
         """Run prompts but for their last token through all blocks, without steering, with room for that token."""
-        ids, mask, positions = _padded([tokens[prefix:-1] for tokens in prompts], prefix, self._forward.device)
+        ids, mask, positions = _padded([tokens[prefix:-1] for tokens, _ in prompts], prefix, self._forward.device)
         cache = EngineCache(self._blocks, prefix + ids.shape[1] + 1)
         self._tables.clear()
         if prefix:
-            self._run_prefix(prompts[0][:prefix], cache)
-            cache.select(torch.zeros(len(prompts), dtype=torch.int64), range(self._blocks))
+            cache.select(self._run_prefix(prompts, prefix, cache), range(self._blocks))
         if ids.shape[1]:
+            self._adapt([adapter for _, adapter in prompts])
             self._forward.last(ids, mask, positions, cache)
         return cache, mask
 
-    def _shared_prompts(self, rows: Sequence[int], prompts: list[tuple[int, ...]], sequence: Tensor, prefix: int) -> _Prompts:
+    def _shared_prompts(self, rows: Sequence[int], prompts: list[_Prompt], sequence: Tensor, prefix: int) -> _Prompts:
         """Nothing is steered before the last prompt token: all that precedes it runs once per prompt, through every block."""
         cache, mask = self._unsteered(prompts, prefix)
         if cache.columns.visible:
             cache.select(sequence, range(self._sites.fork + 1, self._blocks))
-        last = torch.tensor([[tokens[-1]] for tokens in prompts], device=mask.device)
-        place = torch.tensor([[len(tokens) - 1] for tokens in prompts], device=mask.device)
+        last = torch.tensor([[tokens[-1]] for tokens, _ in prompts], device=mask.device)
+        place = torch.tensor([[len(tokens) - 1] for tokens, _ in prompts], device=mask.device)
         mask = torch.cat([mask, torch.ones_like(last)], dim=1)
         self._steer(rows, place[sequence])
+        self._adapt([adapter for _, adapter in prompts], [self._adapter[row] for row in rows])
         logits = self._forward.last(last, mask, place, cache, Fork(self._sites.fork, sequence))
         return _Prompts(logits, cache, mask, sequence)
 
-    def _own_prompts(self, rows: Sequence[int], prompts: list[tuple[int, ...]], sequence: Tensor, prefix: int) -> _Prompts:
+    def _own_prompts(self, rows: Sequence[int], prompts: list[_Prompt], sequence: Tensor, prefix: int) -> _Prompts:
         """Prompts are steered, or a row's alone: blocks up to the first steered one run once per prompt, the others once per row."""
-        ids, mask, positions = _padded([tokens[prefix:] for tokens in prompts], prefix, self._forward.device)
+        ids, mask, positions = _padded([tokens[prefix:] for tokens, _ in prompts], prefix, self._forward.device)
         cache = EngineCache(self._blocks, prefix + ids.shape[1])
         fork = Fork(self._sites.fork, sequence) if len(prompts) < len(rows) else None
-        first = torch.zeros(len(prompts), dtype=torch.int64)
+        self._tables.clear()
         if prefix and self._sites.early[self._numbers[rows[0]]]:
-            kinds, of_row = self._numbers[list(rows)].unique(return_inverse=True)
+            pairs = torch.stack([torch.tensor([self._adapter[row] for row in rows]), self._numbers[list(rows)]], dim=1)
+            kinds, of_row = pairs.unique(dim=0, return_inverse=True)
             where = torch.arange(prefix).expand(len(kinds), prefix)
-            self._tables.clear()
-            self._tables.update(self._sites.tables(kinds, torch.full((len(kinds),), prefix), where))
-            self._run_prefix(prompts[0][:prefix], cache, Fork(self._sites.fork, torch.zeros_like(kinds)))
-            cache.select(first, range(self._sites.fork + 1))
+            self._tables.update(self._sites.tables(kinds[:, 1], torch.full((len(kinds),), prefix), where))
+            cache.select(self._run_prefix(prompts, prefix, cache, kinds[:, 0].tolist()), range(self._sites.fork + 1))
             cache.select(of_row, range(self._sites.fork + 1, self._blocks))
         elif prefix:
-            self._tables.clear()
-            self._run_prefix(prompts[0][:prefix], cache)
-            cache.select(first, range(self._blocks))
+            cache.select(self._run_prefix(prompts, prefix, cache), range(self._blocks))
         real = mask[:, prefix:] > 0
         self._steer(rows, torch.where(real, positions, -1)[sequence.to(real.device)])
+        self._adapt([adapter for _, adapter in prompts], [self._adapter[row] for row in rows])
         logits = self._forward.last(ids, mask, positions, cache, fork)
         return _Prompts(logits, cache, mask, sequence)
 
-    def _run_prefix(self, tokens: tuple[int, ...], cache: EngineCache, fork: Fork | None = None) -> None:
-        ids = torch.tensor([tokens], device=self._forward.device)
-        self._forward.last(ids, torch.ones_like(ids), torch.arange(len(tokens), device=ids.device)[None], cache, fork)
+    def _run_prefix(self, prompts: Sequence[_Prompt], prefix: int, cache: EngineCache, kinds: Sequence[int] | None = None) -> Tensor:
+        """Run what all prompts begin with, once per adapter, and return which of these sequences each prompt continues.
+
+        Args:
+            prompts: the prompts.
+            prefix: how many tokens they begin with.
+            cache: where keys and values go.
+            kinds: in ascending order the adapters of the rows that part ways at the fork; None when none do.
+        """
+        own = sorted({adapter for _, adapter in prompts})
+        ids = torch.tensor([prompts[0][0][:prefix]] * len(own), device=self._forward.device)
+        positions = torch.arange(prefix, device=ids.device).expand(len(own), prefix)
+        fork = None if kinds is None else Fork(self._sites.fork, torch.tensor([own.index(adapter) for adapter in kinds]))
+        self._adapt(own, kinds or own)
+        self._forward.last(ids, torch.ones_like(ids), positions, cache, fork)
+        return torch.tensor([own.index(adapter) for _, adapter in prompts])
+
+    def _adapt(self, sequences: Sequence[int], rows: Sequence[int] = ()) -> None:
+        """Tell the layers each sequence's adapter for the next pass, and each row's behind its fork; as many rows as sequences are the same ones."""
+        if self._adapters is not None:
+            self._adapters.passing = {len(entries): self._groups(entries) for entries in (sequences, rows)}
+
+    def _groups(self, entries: Sequence[int]) -> list[Group]:
+        return by_adapter([self._names[adapter] for adapter in entries], self._forward.device)
 
     def _steer(self, rows: Sequence[int], positions: Tensor) -> None:
         chosen = torch.tensor(list(rows))
@@ -314,6 +348,8 @@ class Population:
             table.positions = positions
         self._tables.clear()
         self._tables.update(batch.tables)
+        if self._adapters is not None:
+            self._adapters.passing = {live: batch.groups}
         ids = torch.tensor(batch.feed, device=device)[:, None]
         with reading(batch.shared) if batch.shared is not None else nullcontext():
             logits = self._forward.last(ids, batch.mask[:live, low : end + 1], positions, cache)
@@ -348,6 +384,7 @@ class Population:
                 batch.shared.assign([batch.prompts[self._key(row)] for row in batch.rows])
             chosen = torch.tensor(batch.rows)
             batch.tables = self._sites.tables(self._numbers[chosen], self._split[chosen], torch.zeros(count, 1, dtype=torch.int64))
+            batch.groups = self._groups([self._adapter[row] for row in batch.rows]) if self._adapters is not None else []
 
     def _rebase(self, batch: _Batch) -> None:
         columns, live = batch.cache.columns, len(batch.rows)

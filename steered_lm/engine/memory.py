@@ -101,8 +101,8 @@ class Demand:
 
     @cached_property
     def prompts(self) -> list[tuple[int, ...]]:
-        """The distinct prompts."""
-        return list({row.tokens: None for row in self.rows})
+        """The distinct prompts; with another adapter a prompt is another one."""
+        return [tokens for tokens, _ in {(row.tokens, row.adapter): None for row in self.rows}]
 
     @cached_property
     def widest(self) -> int:
@@ -112,7 +112,7 @@ class Demand:
     @cached_property
     def prefix(self) -> int:
         """Tokens that all prompts begin with and that run on their own."""
-        return common_prefix(self.prompts) if self.prefixes else 0
+        return common_prefix(list(dict.fromkeys(self.prompts))) if self.prefixes else 0
 
     @cached_property
     def draws(self) -> bool:

@@ -37,6 +37,8 @@ class GenerationRow(NamedTuple):
         spec: how the row is steered; None is the unsteered model.
         sampling: how its tokens are chosen.
         stop: the row ends as soon as its text holds one of these.
+        adapter: name of the PEFT adapter (plain LoRA) that the row runs with; ``"__base__"`` is the model without any, None the model as it
+            stands, with what is active.
     """
 
     tokens: tuple[int, ...]
@@ -44,6 +46,7 @@ class GenerationRow(NamedTuple):
     spec: SteeringSpec | None = None
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
+    adapter: str | None = None
 
 
 class Generated(NamedTuple):
@@ -67,12 +70,14 @@ class ScoreRequest(NamedTuple):
         continuation: ids whose log-likelihood is asked for, at least one.
         spec: how the request is steered; None is the unsteered model.
         response_start: number of leading tokens that are prompt; None takes the context's length. 0 makes everything response.
+        adapter: as in :class:`GenerationRow`; requests run one adapter after the other.
     """
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
     spec: SteeringSpec | None = None
     response_start: int | None = None
+    adapter: str | None = None
 
     @property
     def split(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from steered_lm.engine.adapters import Adapters, by_adapter
 from steered_lm.engine.attention import SharedPrompts, reading
 from steered_lm.engine.cache import EngineCache
 from steered_lm.engine.forward import Fork, Forward, tensors
@@ -63,6 +64,34 @@ def inspect_model(forward: Forward) -> Support:
             logger.debug("prompts are not shared: %s", error)
             sharing = False
     return Support(generation, scoring, sharing, window, trial.cache_bytes)
+
+
+def inspect_adapters(forward: Forward, adapters: Adapters, names: Sequence[str]) -> str | None:
+    """Return why rows with these adapters cannot run together, after comparing one row of each with a pass of its own; None when they can.
+
+    A layer that is given tokens instead of rows (in a mixture's experts, or because the model flattens its batch) cannot tell whose they are.
+    """
+    vocabulary = forward.head.weight.shape[0]
+    ids = torch.randint(0, vocabulary, (1, 3), generator=torch.Generator().manual_seed(0)).to(forward.device)
+    positions = torch.arange(3, device=ids.device)[None]
+
+    def scores(count: int) -> Tensor:
+        several = ids.expand(count, 3)
+        return forward.last(several, torch.ones_like(several), positions.expand(count, 3), EngineCache(len(forward.blocks), 3))
+
+    with torch.inference_mode(), adapters.running():
+        try:
+            alone = []
+            for name in names:
+                adapters.only = name
+                alone.append(scores(1))
+            adapters.only, adapters.passing = None, {len(names): by_adapter(names, forward.device)}
+            expected = torch.cat(alone)
+            # an adapter may be broken; its rows end by themselves
+            whole = expected.isfinite().all(dim=1)
+            return _compare(scores(len(names))[whole], expected[whole], "a batch of several adapters")
+        except _UNEXPECTED as error:
+            return f"a trial of several adapters in a batch failed ({type(error).__name__}: {error})"
 
 
 def _obstacle(forward: Forward) -> tuple[str | None, int | None]:
