@@ -20,7 +20,7 @@ from steered_lm.errors import UserError
 from steered_lm.progress import GenerationBar, StepBar
 from steered_lm.study import ModelConfig, SearchConfig, Study, StudyConfig
 
-console = Console()
+console = Console(emoji=False)  # judge names hold colons
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__import__("steered_lm").__doc__)
 vectors_app = typer.Typer(no_args_is_help=True, help="Build and inspect trait vectors.")
 persona_app = typer.Typer(no_args_is_help=True, help="List, show and build personas.")
@@ -42,6 +42,14 @@ class GemmName(StrEnum):
     auto = "auto"
     torch = "torch"
     onednn = "onednn"
+
+
+class AuditName(StrEnum):
+    """What a search does with a judge that its audit does not trust."""
+
+    refuse = "refuse"
+    warn = "warn"
+    off = "off"
 
 
 class PromptFormatName(StrEnum):
@@ -203,6 +211,10 @@ def optimize(
     judge_base_url: Annotated[str | None, typer.Option(help="openai: the endpoint, such as http://localhost:8000/v1.")] = None,
     judge_cache: Annotated[Path | None, typer.Option(help="SQLite file that keeps verdicts between runs.")] = None,
     missing_limit: Annotated[float, typer.Option(help="Stop when more than this share of verdicts is missing.")] = 0.2,
+    audit: Annotated[
+        AuditName, typer.Option(help="Short audit of the judge first: refuse or warn when it is not trusted, or off.")
+    ] = AuditName.refuse,
+    effect: Annotated[float, typer.Option(help="Points of persona fit that the judge must be able to show between two candidates.")] = 0.5,
     finalists: Annotated[int, typer.Option(help="How many of the best are evaluated again on the validation split.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(help="Length of responses.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="The optimiser's seed.")] = 0,
@@ -213,11 +225,13 @@ def optimize(
     exact: Annotated[bool, typer.Option("--exact", help="Take lm-eval's own code path in place of the engine: slower, for comparisons.")] = False,
     gemm: Annotated[GemmName, typer.Option(help="Library of float32 linear layers on a CPU.")] = GemmName.auto,
     prompt_format: PromptFormatOption = PromptFormatName.chat,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many judgements a search takes at most, and ask nothing.")] = False,
 ) -> None:
     """Search the trait weights that make a model's responses fit a persona, with the harness as the fitness function."""
     from steered_lm.search.result import mean_seconds
 
     settings: dict[str, Any] = {"alpha": alpha, "unit": unit, "positions": positions, "operation": operation, "missing_limit": missing_limit}
+    settings |= {"audit": audit.value, "effect": effect}
     settings |= {"persona": persona, "vectors": vectors, "judge": judge, "judge_cache": judge_cache, "max_new_tokens": max_new_tokens}
     settings |= {
         "traits": [t.strip() for t in traits.split(",") if t.strip()],
@@ -232,8 +246,16 @@ def optimize(
     study = Study(StudyConfig.parse(settings, source="optimize"))
     options = {k: v for k, v in {"population": population, "sigma0": sigma0}.items() if v is not None}
     search = SearchConfig(optimizer=optimizer, options=options, budget=budget, finalists=finalists, seed=seed)
+    if dry_run:
+        from steered_lm.commands.plan import plan_search
+
+        for sentence in plan_search(study, search).sentences():
+            console.print(sentence, soft_wrap=True)
+        return
     with GenerationBar(console, optimizer) as bar:
-        result = study.search(search, out, progress=bar)
+        result = study.search(
+            search, out, progress=bar, on_audit=lambda report: console.print(report.conclusion(), soft_wrap=True, markup=False, emoji=False)
+        )
     table = Table(title=f"{persona}: mean persona fit (1-5), chosen candidate {result.chosen}")
     for column in ("split", "mean", "standard error", "scored", "missing"):
         table.add_column(column, justify="left" if column == "split" else "right")

@@ -22,6 +22,7 @@ from steered_lm.study import ModelConfig, SearchConfig, Study, StudyConfig, buil
 from steered_lm.tiny_chat.grammar import parse
 
 if TYPE_CHECKING:
+    from steered_lm.judges.audit_report import AuditReport
     from steered_lm.search.result import OptimizeResult
 
 
@@ -121,7 +122,11 @@ def _search(study: Study, config: DemoConfig, optimizer: str, folder: Path, cloc
     search = SearchConfig(optimizer=optimizer, options=options, budget=config.budget, seed=config.seed)
     title = f"Search by {optimizer}: {config.budget} candidate evaluations"
     with clock.stage(title), GenerationBar(clock.console, optimizer) as bar:
-        return study.search(search, folder / optimizer, progress=bar)
+        return study.search(search, folder / optimizer, progress=bar, on_audit=lambda report: _say(report, clock.console))
+
+
+def _say(report: "AuditReport", console: Console) -> None:
+    console.print(report.conclusion(), soft_wrap=True, markup=False, emoji=False)
 
 
 def _summary(report: Report, console: Console) -> None:

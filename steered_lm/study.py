@@ -17,12 +17,15 @@ from steered_lm.steering.spec import Operation, Positions, SteeringSpec, Unit, V
 if TYPE_CHECKING:
     from steered_lm.harness.model import SteeredHFLM
     from steered_lm.harness.population import HarnessObjective
+    from steered_lm.judges.audit_report import AuditReport
     from steered_lm.judges.base import Judge
+    from steered_lm.judges.question import Question
     from steered_lm.persona.schema import Persona
     from steered_lm.search.result import Generation, OptimizeResult
     from steered_lm.steering.vectors import TraitVectors
 
 logger = logging.getLogger(__name__)
+AuditMode = Literal["refuse", "warn", "off"]
 
 
 class ModelConfig(Config):
@@ -54,6 +57,8 @@ class StudyConfig(Config):
         layers: blocks to steer; empty takes every layer of the vectors file.
         alpha: strength of the template; weights are searched in ``[-1, 1]``.
         missing_limit: share of missing verdicts above which the run stops.
+        audit: what a short audit of the judge ahead of a search does with an untrusted one: ``refuse``, ``warn``, or no audit (``off``).
+        effect: the difference of two candidates that is sought, in points of persona fit; the judge must be able to show it.
     """
 
     persona: str
@@ -70,6 +75,8 @@ class StudyConfig(Config):
     judge_cache: Path | None = None
     max_new_tokens: int = Field(default=64, ge=1)
     missing_limit: float = Field(default=0.2, ge=0, le=1)
+    audit: AuditMode = "refuse"
+    effect: float = Field(default=0.5, gt=0)
 
 
 class SearchConfig(Config):
@@ -88,6 +95,7 @@ class Study:
     def __init__(self, config: StudyConfig) -> None:
         """Nothing is loaded yet."""
         self.config = config
+        self._audit: AuditReport | None = None
 
     @cached_property
     def persona(self) -> "Persona":
@@ -97,11 +105,18 @@ class Study:
         return load_persona(self.config.persona)
 
     @cached_property
+    def question(self) -> "Question":
+        """What the judge is asked: how well responses fit that persona."""
+        from steered_lm.judges.question import Question
+
+        return Question.of_persona(self.persona)
+
+    @cached_property
     def judge(self) -> "Judge":
         """The judge of that persona."""
         from steered_lm.judges import make_judge
 
-        return make_judge(self.config.judge, self.persona, cache=self.config.judge_cache, **self.config.judge_options)
+        return make_judge(self.config.judge, self.question, cache=self.config.judge_cache, **self.config.judge_options)
 
     @cached_property
     def lm(self) -> "SteeredHFLM":
@@ -145,8 +160,40 @@ class Study:
 
         return HarnessObjective(self.lm, self.persona, self.judge, max_new_tokens=self.config.max_new_tokens, temperature=1.0, seed=seed)
 
-    def search(self, search: SearchConfig, out: Path, progress: Callable[["Generation"], None] | None = None) -> "OptimizeResult":
-        """Run one search in its own folder, or go on with it."""
+    def audit(self, folder: Path) -> "AuditReport":
+        """Return a short audit of the judge, made, or read from ``audit.json`` in a run's folder.
+
+        Raises:
+            JudgeError: when the judge is not trusted for ``effect`` on the tuning split's prompts, and ``audit`` says ``refuse``.
+        """
+        from steered_lm.judges.audit_gate import check_judge
+
+        config = self.config
+        self._audit = check_judge(
+            self.judge,
+            self.question,
+            folder,
+            effect=config.effect,
+            prompts=max(2, len(self.persona.items("tune"))),
+            missing_limit=config.missing_limit,
+            refuse=config.audit == "refuse",
+            known=self._audit,
+        )
+        return self._audit
+
+    def search(
+        self,
+        search: SearchConfig,
+        out: Path,
+        progress: Callable[["Generation"], None] | None = None,
+        on_audit: Callable[["AuditReport"], None] | None = None,
+    ) -> "OptimizeResult":
+        """Run one search in its own folder, or go on with it; the judge is audited first.
+
+        Raises:
+            JudgeError: when the judge is refused or too many of its verdicts are missing.
+            RunError: when the settings make no run, or the folder holds another one.
+        """
         from steered_lm.search.driver import optimize
         from steered_lm.search.protocol import SearchSpace
         from steered_lm.search.runlog import RunSettings, installed_versions
@@ -176,7 +223,14 @@ class Study:
                 **_numerics(config.model),
             },
         )
-        return optimize(self.objective, self.template, settings, out=out, progress=progress)
+
+        def check() -> None:
+            report = self.audit(out)
+            if on_audit is not None:
+                on_audit(report)
+
+        before = None if config.audit == "off" else check
+        return optimize(self.objective, self.template, settings, out=out, progress=progress, before=before)
 
 
 def _numerics(config: ModelConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from steered_lm import cli
 from steered_lm.errors import UserError
 from steered_lm.steering.vectors import TraitVectors
-from steered_lm.study import parse_layers
+from steered_lm.study import Study, StudyConfig, parse_layers
 
 TRAITS = "formality,emotional_tone"
 
@@ -61,6 +61,8 @@ def test_optimize_writes_a_spec_a_result_and_a_log_and_goes_on_in_the_same_folde
     first = optimize(vectors, tmp_path / "run")
     assert first.exit_code == 0, first.output
     assert "optimism gap" in first.output
+    assert "judge stylometric is trusted for a difference of 0.5 at 10 prompts" in first.output
+    assert json.loads((tmp_path / "run" / "audit.json").read_text())["judge"] == "stylometric"
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert set(result["chosen"]["weights"]) == set(TRAITS.split(","))
     lines = (tmp_path / "run" / "run.jsonl").read_text()
@@ -69,6 +71,40 @@ def test_optimize_writes_a_spec_a_result_and_a_log_and_goes_on_in_the_same_folde
     assert (tmp_path / "run" / "run.jsonl").read_text() == lines
     with pytest.raises(UserError, match="another run"):
         raise optimize(vectors, tmp_path / "run", "--seed", 1).exception
+
+
+def test_optimize_refuses_a_judge_that_its_audit_does_not_trust_before_anything_is_evaluated_and_goes_on_without_one(vectors, tmp_path):
+    with pytest.raises(UserError, match=r"is not trusted for a difference of 3.5 at 10 prompts: anchors: .* or go on .*--audit warn"):
+        raise optimize(vectors, tmp_path / "run", "--effect", 3.5).exception
+    assert len((tmp_path / "run" / "run.jsonl").read_text().splitlines()) == 1
+    (tmp_path / "run" / "audit.json").unlink()
+    done = optimize(vectors, tmp_path / "run", "--audit", "off")
+    assert done.exit_code == 0, done.output
+    assert "trusted" not in done.output
+    assert (tmp_path / "run" / "result.json").is_file()
+    assert not (tmp_path / "run" / "audit.json").exists()
+
+
+def test_a_study_may_warn_about_its_judge_and_asks_it_once_for_several_runs(vectors, tmp_path, caplog):
+    study = Study(StudyConfig(persona="walt", vectors=vectors, audit="warn", effect=3.5))
+    report = study.audit(tmp_path / "one")
+    assert not report.trusted
+    assert "not trusted for a difference of 3.5" in caplog.text
+    assert study.audit(tmp_path / "two") is report
+    assert (tmp_path / "one" / "audit.json").read_bytes() == (tmp_path / "two" / "audit.json").read_bytes()
+
+
+def test_a_dry_run_of_optimize_counts_the_judgements_and_touches_nothing(vectors, tmp_path, monkeypatch):
+    done = optimize(vectors, tmp_path / "run", "--dry-run")
+    assert done.exit_code == 0, done.output
+    # walt has 10 tuning, 9 validation and 10 test items; random_search asks for 6 candidates; 3 finalists; the best and the unsteered model
+    assert "1 x 6 candidates: at most 155 judgements (60 tuning, 27 validation, 20 test, 48 audit of the judge)" in done.output
+    assert "computes on this machine" in done.output
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    remote = optimize(vectors, tmp_path / "run", "--dry-run", "--audit", "off", "--judge", "openai:m", "--judge-base-url", "http://127.0.0.1:9/v1")
+    assert "at most 107 judgements" in remote.output
+    assert "about 107 requests" in remote.output
 
 
 @pytest.mark.parametrize(
@@ -80,6 +116,7 @@ def test_optimize_writes_a_spec_a_result_and_a_log_and_goes_on_in_the_same_folde
         (["--judge", "openai:some-model"], "OPENAI_API_KEY"),
         (["--judge", "oracle"], "there is no judge 'oracle'"),
         (["--optimizer", "gradient"], "optimizer='gradient' is neither one of ours"),
+        (["--effect", 0], "effect: .*greater than 0"),
         (["--unit", "metres"], "unit: .*'raw' or 'residual'"),
     ],
 )

@@ -57,5 +57,5 @@ def test_kill_9_in_the_middle_of_a_generation_and_start_again_gives_the_same_fin
     running.wait()
     assert not (broken / "best_spec.yaml").exists(), "the run ended before it could be killed"
     subprocess.run(command(vectors, broken), env=environment, check=True, capture_output=True, timeout=240)
-    for name in ("best_spec.yaml", "result.json"):
+    for name in ("best_spec.yaml", "result.json", "audit.json"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name

@@ -2,24 +2,25 @@
 
 import math
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.model import GenerateConfig, get_model, model_roles
+from inspect_ai.model import GenerateConfig, model_roles
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, mean, metric, scorer, stderr
 from inspect_ai.solver import TaskState, generate
 
 from steered_lm.errors import JudgeError, PersonaError, near_misses
 from steered_lm.inspect_plugin.batcher import Batcher
-from steered_lm.inspect_plugin.grader import grade
+from steered_lm.inspect_plugin.grader import GRADER, InspectJudge
 from steered_lm.inspect_plugin.refusal import plain_refusals
 from steered_lm.judges import make_judge
 from steered_lm.judges.base import JudgeRequest, Verdict
+from steered_lm.judges.question import Question
 from steered_lm.persona import SPLITS, Persona, list_personas, load_persona
 
-VERSION = 1
-GRADER = "grader"
+VERSION = 2
 
 
 @task
@@ -37,7 +38,7 @@ def persona_judge(
     Args:
         persona: the name of one of ours, or a persona folder; by default the alphabetically first of ours.
         split: ``test``, ``validate``, ``tune`` or ``build``; only ``test`` is for reporting.
-        judge: ``stylometric`` or ``openai:<model>``. A model role ``grader`` takes its place.
+        judge: ``stylometric``, ``openai:<model>``, ``inspect:<model>``, ``hf:<model>``, …. A model role ``grader`` takes its place.
         cache: a SQLite file that keeps the judge's verdicts between runs.
         max_tokens: length limit of a reply.
         missing_limit: share of the split's items above which missing verdicts end the run in an error.
@@ -94,17 +95,18 @@ def persona_fit(
         loaded = load_persona(persona)
         options = _judge_options(judge_options)
         gate = _MissingGate(len(loaded.items(split)), missing_limit)
-        batcher = None if GRADER in model_roles() else _judge_batcher(loaded, judge, cache, options)
+        role = InspectJudge.for_question(Question.of_persona(loaded), **(options if judge == "inspect" else {}))
+        asker = None if GRADER in model_roles() else _asker(loaded, judge, cache, options)
 
     async def score(state: TaskState, target: Target) -> Score:
-        nonlocal batcher
+        nonlocal asker
         request = JudgeRequest(prompt=state.input_text, response=state.output.completion.strip())
         with plain_refusals():
             if GRADER in model_roles():
-                verdict = await grade(get_model(role=GRADER), loaded.judge_prompt, request)
+                verdict = await role.grade(request)
             else:
-                batcher = batcher or _judge_batcher(loaded, judge, cache, options)
-                verdict = await batcher.submit(request)
+                asker = asker or _asker(loaded, judge, cache, options)
+                verdict = await asker(request)
             gate.note(f"{state.model}/{state.epoch}", state.sample_id, verdict)
         return _as_score(verdict, request.response)
 
@@ -146,9 +148,13 @@ def _judge_options(given: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("judge_"): value for name, value in given.items()}
 
 
-def _judge_batcher(persona: Persona, judge: str, cache: str | None, options: dict[str, Any]) -> Batcher[JudgeRequest, Verdict]:
-    built = make_judge(judge, persona, cache=cache, **options)
-    return Batcher(lambda requests, deliver: built.judge(requests), max_size=64)
+def _asker(persona: Persona, judge: str, cache: str | None, options: dict[str, Any]) -> Callable[[JudgeRequest], Awaitable[Verdict]]:
+    """Return what asks a judge without holding up the evaluation."""
+    made = make_judge(judge, persona, cache=cache, **options)
+    # a model of Inspect's is asked sample by sample, so that each one's log and limits count its own calls
+    if isinstance(made, InspectJudge):
+        return made.grade
+    return Batcher[JudgeRequest, Verdict](lambda requests, deliver: made.judge(requests), max_size=64).submit
 
 
 def _as_score(verdict: Verdict, response: str) -> Score:
@@ -160,5 +166,5 @@ def _as_score(verdict: Verdict, response: str) -> Score:
         },
         answer=response,
         explanation=verdict.missing if verdict.missing is not None else verdict.explanation,
-        metadata={"judge": verdict.judge, "missing": verdict.missing, "cached": verdict.cached},
+        metadata={"judge": verdict.judge, "missing": verdict.missing, "cached": verdict.cached, "mode": verdict.mode, "mass": verdict.mass},
     )

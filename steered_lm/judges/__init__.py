@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     from steered_lm.judges.question import Question
     from steered_lm.persona.schema import Persona
 
-__all__ = ["ENTRY_POINTS", "check_missing", "judge_names", "make_judge"]
+__all__ = ["ENTRY_POINTS", "PANEL_SUFFIXES", "check_missing", "judge_names", "make_judge", "takes_option"]
 
 ENTRY_POINTS = "steered_lm.judges"
+PANEL_SUFFIXES = (".yaml", ".yml")
+"""A judge's name that ends so is a panel's file."""
 # used from a checkout, where no entry point is registered
-_BUILT_IN = {"openai": "steered_lm.judges.openai:OpenAIJudge", "stylometric": "steered_lm.judges.stylometric:StylometricJudge"}
+_BUILT_IN = {
+    "anthropic": "steered_lm.judges.anthropic:AnthropicJudge",
+    "hf": "steered_lm.judges.hf:HFJudge",
+    "inspect": "steered_lm.inspect_plugin.grader:InspectJudge",
+    "openai": "steered_lm.judges.openai:OpenAIJudge",
+    "stylometric": "steered_lm.judges.stylometric:StylometricJudge",
+}
 
 
 def make_judge(name: str, subject: "Persona | Question", *, cache: Path | str | None = None, **options: Any) -> "Judge":
@@ -39,6 +47,10 @@ def make_judge(name: str, subject: "Persona | Question", *, cache: Path | str | 
     from steered_lm.judges.question import Question
 
     question = subject if isinstance(subject, Question) else Question.of_persona(subject)
+    if name.endswith(PANEL_SUFFIXES):
+        from steered_lm.judges.panel import Panel
+
+        return Panel.of_file(Path(name), question, cache=cache, **options)  # members are cached, and asked in both orders, one by one
     backend, _, model = name.partition(":")
     loaded = _load_backend(name, backend)
     if model:
@@ -64,6 +76,15 @@ def make_judge(name: str, subject: "Persona | Question", *, cache: Path | str | 
 def judge_names() -> list[str]:
     """Return the names of the backends that are installed."""
     return sorted(_registered())
+
+
+def takes_option(name: str, option: str) -> bool:
+    """Return whether the backend of a judge's name takes an option; one that has to look at its options first is said to take any."""
+    backend = name.partition(":")[0]
+    if backend not in _registered():
+        return False
+    parameters = inspect.signature(_load_backend(name, backend).for_question).parameters
+    return option in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def _registered() -> dict[str, str]:

@@ -13,10 +13,16 @@ LEAST_MASS = 0.25
 """Below this probability on score tokens the model was about to say something else: missing (as in Persona Vectors, Chen et al. 2025)."""
 TOP = 20
 """How many of the likeliest tokens endpoints give."""
+SPLIT = "scores are several tokens to this model, so that the first one alone says nothing"
+"""Why an answer cannot be read from its first token: a model that writes 87 as 8 and 7. Another mode can be asked for."""
+
+UNPARSABLE = "unparsable answer"
+"""Why an answer that is not the one JSON object asked for is missing."""
 
 _SCORE_OF = {"A": 1.0, "B": -1.0, TIE: 0.0}
 _CHOICE_OF: Mapping[float, Choice] = {1.0: "A", -1.0: "B", 0.0: "tie"}
 _SHOWN = 500  # characters of a text from outside that are kept
+_ROUNDING = 0.02  # by how much probabilities from an endpoint may add up to more than one
 _LETTERS_ENOUGH = 2  # of the word for a refusal, to tell its first token from a letter that answers a pairwise question
 
 
@@ -25,14 +31,14 @@ class Answer(NamedTuple):
 
     Attributes:
         text: what it wrote.
-        top: its first token's likeliest alternatives with natural-log probabilities; None when the endpoint gave none.
+        top: its first token's likeliest alternatives with natural-log probabilities, None where the endpoint gave null; None when it gave none.
         refused: whether the model or its provider declined to answer.
         cut: why it ended early (``length``, ``content_filter``), or None.
         usage: what it took.
     """
 
     text: str
-    top: Sequence[tuple[str, float]] | None = None
+    top: Sequence[tuple[str, float | None]] | None = None
     refused: bool = False
     cut: str | None = None
     usage: Usage | None = None
@@ -63,7 +69,7 @@ class Reading(NamedTuple):
             score=self.score,
             missing=self.missing,
             scale=rubric.bounds,
-            explanation=self.text[:_SHOWN],
+            explanation=_clean(self.text)[:_SHOWN],
             judge=judge,
             mode=mode,
             mass=self.mass,
@@ -77,63 +83,87 @@ def read(rubric: Rubric, answer: Answer, mode: Mode) -> Reading:
     """Return what an answer says, in the mode that it was asked for."""
     if answer.refused:
         return Reading(None, JUDGE_REFUSED, answer.text)
+    # a first token is whole whatever length the answer was allowed, but not when a filter took it away
+    if answer.cut is not None and not (mode == "logprobs" and answer.cut == "length"):
+        return Reading(None, f"answer cut off: {answer.cut}", answer.text)
     if mode == "logprobs":
-        if answer.top is None:
+        if not answer.top:
             return Reading(None, "the endpoint gave no log-probabilities", answer.text)
         return read_top(rubric, answer.top, answer.text)
-    if answer.cut is not None:
-        return Reading(None, f"answer cut off: {answer.cut}", answer.text)
     if not answer.text.strip():
         return Reading(None, "empty answer")
     return read_json(rubric, answer.text) if mode == "json" else read_text(rubric, answer.text)
 
 
-def read_top(rubric: Rubric, top: Sequence[tuple[str, float]], text: str = "") -> Reading:
+def read_top(rubric: Rubric, top: Sequence[tuple[str, float | None]], text: str = "") -> Reading:
     """Return the expected score over the score tokens among the likeliest first tokens.
 
     ``score = sum(p_i * s_i) / sum(p_i)`` over tokens that are whole scores of the scale; tokens that differ in spaces alone add up.
-    With less than ``LEAST_MASS`` on them, or more on the word for a refusal, it is missing.
+    With less than ``LEAST_MASS`` on them, or more on the word for a refusal, it is missing. So it is when the model writes scores in several
+    tokens (``SPLIT``): its "8" may be the beginning of 87.
 
     Args:
         rubric: its ``options`` say which tokens are scores.
-        top: tokens with natural-log probabilities.
+        top: tokens with natural-log probabilities; what some endpoints write for none at all (-9999, minus infinity) is a probability of 0.
         text: the answer, to show.
     """
     found = dict.fromkeys(rubric.options, 0.0)
-    refusal = 0.0
+    refusal = total = 0.0
     for token, logprob in top:
-        word = token.strip()
-        if math.isnan(logprob) or logprob > 1e-3:
+        if logprob is None or math.isnan(logprob) or logprob > 1e-3:
             return Reading(None, f"a log-probability of {logprob} is none", text)
+        word, p = token.strip(), math.exp(logprob)
+        total += p
         if word in found:
-            found[word] += math.exp(logprob)
+            found[word] += p
         elif rubric.refusal and len(word) >= _LETTERS_ENOUGH and rubric.refusal.startswith(word.upper()):
-            refusal += math.exp(logprob)
+            refusal += p
+    if total > 1 + _ROUNDING:
+        return Reading(None, f"the probabilities of the likeliest tokens add up to {total:.2f}", text)
+    if _split(rubric, [token.strip() for token, _ in top], text) and sum(found.values()) >= LEAST_MASS:
+        return Reading(None, SPLIT, text)
     return expected(rubric, found, refusal, text)
+
+
+def _split(rubric: Rubric, words: Sequence[str], text: str) -> bool:
+    """Return whether this model seems to write scores in several tokens, or nothing shows that it does not.
+
+    A scale with scores of several digits shows it: either the answer begins with a number that is no token, or no token is such a number. One that
+    has whole numbers as tokens has some among its twenty likeliest.
+    """
+    if all(len(option) == 1 for option in rubric.options):
+        return False
+    number = re.match(r"\s*([0-9]+)", text)
+    return bool(number and number[1] not in words) or not any(re.fullmatch(r"[0-9]{2,}", word) for word in words)
 
 
 def expected(rubric: Rubric, found: Mapping[str, float], refusal: float = 0.0, text: str = "") -> Reading:
     """Return the expected score of a distribution over the rubric's options (probabilities; they need not add up to one)."""
-    mass = min(sum(found.values()), 1.0)
+    total, scores = sum(found.values()), rubric.options
+    if math.isnan(total) or math.isnan(refusal):
+        return Reading(None, "a probability is NaN", text)
+    mass = min(total, 1.0)
     if refusal > mass and refusal >= LEAST_MASS:
         return Reading(None, REFUSAL, text, mass)
     if mass < LEAST_MASS:
         return Reading(None, f"probability {mass:.2f} on score tokens, below {LEAST_MASS}", text, mass)
-    share = {option: p / sum(found.values()) for option, p in found.items()}
-    score = sum(p * rubric.options[option] for option, p in share.items())
+    share = {option: p / total for option, p in found.items()}
+    score = sum(p * scores[option] for option, p in share.items())
     score = min(max(score, rubric.bounds[0]), rubric.bounds[1])  # rounding
     if rubric.scale is not None:
         return Reading(score, None, text, mass)
-    best = max(share, key=lambda option: share[option])
-    return Reading(score, None, text, mass, _CHOICE_OF[rubric.options[best]], min(share[best], 1.0))
+    most = max(share.values())
+    best = [option for option, p in share.items() if p == most]
+    choice = _CHOICE_OF[scores[best[0]]] if len(best) == 1 else "tie"
+    return Reading(score, None, text, mass, choice, min(most, 1.0))
 
 
 def read_json(rubric: Rubric, text: str) -> Reading:
     """Return the score of an answer that is one JSON object of the rubric's schema, and nothing else."""
     try:
-        data = json.loads(text)
-    except ValueError:
-        return Reading(None, "unparsable answer", text)
+        data = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError):  # the latter for brackets by the thousand
+        return Reading(None, UNPARSABLE, text)
     asked = set(rubric.answer_schema["required"])
     if not isinstance(data, dict) or not asked - {"reason"} <= data.keys() <= asked or not isinstance(data.get("reason", ""), str):
         return Reading(None, "answer of another form", text)
@@ -165,3 +195,16 @@ def _choice(choice: object, confidence: object, text: str) -> Reading:
         return Reading(None, "confidence outside 0 to 100, or no integer", text)
     score = _SCORE_OF[choice]
     return Reading(score, None, text, None, _CHOICE_OF[score], confidence / 100)
+
+
+def _once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """Return a JSON object whose names are each there once: with two scores, which one is meant?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _clean(text: str) -> str:
+    """Return text that can be stored: JSON escapes may give halves of characters, which no file and no database takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,31 +1,82 @@
-"""A judge cache in one SQLite file: a score that was paid for once is not asked for again."""
+"""A judge cache in one SQLite file: a verdict that was paid for once is not asked for again."""
 
+import hashlib
+import json
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple, Self
 
-from steered_lm.config import content_hash
+from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
+
+from steered_lm.config import Config
 from steered_lm.errors import JudgeError
-from steered_lm.judges.base import Judge, JudgeRequest, StreamingJudge, Verdict
+from steered_lm.judges.base import Judge, JudgeRequest, StreamingJudge, Usage, Verdict
 
 _APPLICATION_ID = 0x736C6D6A  # "slmj", so that a foreign SQLite file is recognised
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _BUSY_SECONDS = 60.0
 _CHUNK = 500  # below SQLite's smallest limit on variables in one statement, 999
-_SCHEMA = """
+FACTS = ("model", "rubric", "rubric_version", "about")
+"""What a judge's optional property ``facts`` may say of it, for people who look at the cache; its identity alone decides what is a hit."""
+_COLUMNS = ("judge", *FACTS)
+_SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS verdicts (
     key TEXT PRIMARY KEY,
-    score REAL NOT NULL CHECK (score BETWEEN 1 AND 5),
-    explanation TEXT NOT NULL,
-    judge TEXT NOT NULL
+    created INTEGER NOT NULL,
+    {", ".join(f"{column} TEXT NOT NULL" for column in _COLUMNS)},
+    verdict TEXT NOT NULL
 ) WITHOUT ROWID
 """
+_INSERT = f"INSERT OR IGNORE INTO verdicts (key, created, {', '.join(_COLUMNS)}, verdict) VALUES (?, ?{', ?' * len(_COLUMNS)}, ?)"
+_CACHED = '{"cached":true,'
+
+
+class CacheGroup(NamedTuple):
+    """What a cache holds of one judge and rubric; ``dollars`` is None where no price was known, ``first`` and ``last`` are UTC seconds."""
+
+    judge: str
+    model: str
+    rubric: str
+    rubric_version: str
+    about: str
+    verdicts: int
+    first: int
+    last: int
+    input_tokens: int
+    output_tokens: int
+    dollars: float | None
+
+
+class CacheFilter(Config):
+    """Which verdicts are meant; what is None does not matter.
+
+    Attributes:
+        created_before: UTC seconds.
+        judge, model, rubric, rubric_version, about: as ``steered-lm judge cache stats`` shows them.
+    """
+
+    created_before: float | None = None
+    judge: str | None = None
+    model: str | None = None
+    rubric: str | None = None
+    rubric_version: str | None = None
+    about: str | None = None
+
+    def where(self) -> tuple[str, list[Any]]:
+        """Return an SQL condition and its values."""
+        given = {column: value for column in _COLUMNS if (value := getattr(self, column)) is not None}
+        terms = [f"{column} = ?" for column in given] + (["created < ?"] if self.created_before is not None else [])
+        values = [*given.values(), *([self.created_before] if self.created_before is not None else [])]
+        return " AND ".join(terms) or "1", values
 
 
 class JudgeCache:
-    """Scores by request and judge, in SQLite's WAL mode, safe for several processes. Missing verdicts are never kept.
+    """Verdicts by request and judge, in SQLite's WAL mode, safe for several processes. Missing verdicts are never kept.
 
     Connections live for a session: none is held between calls, so an instance may be used from any thread and after a fork.
     """
@@ -41,12 +92,23 @@ class JudgeCache:
         with self.session():
             pass
 
+    @classmethod
+    def existing(cls, path: Path | str) -> Self:
+        """Open a file that must be there already.
+
+        Raises:
+            JudgeError: when it is not, or is no judge cache.
+        """
+        if not Path(path).is_file():
+            raise JudgeError(f"judge cache {str(path)!r} does not exist. Give the file that a run's --cache, --judge-cache or cache= named.")
+        return cls(path)
+
     @contextmanager
     def session(self) -> Iterator["CacheSession"]:
-        """Keep one connection open for several calls, which may come from several threads, but one at a time."""
+        """Keep one connection open for several calls, which may come from several threads."""
         try:
             with closing(self._open()) as db:
-                yield CacheSession(db)
+                yield CacheSession(db, self.path)
         except sqlite3.OperationalError as problem:
             raise JudgeError(
                 f"judge cache {str(self.path)!r} cannot be used: {problem}. Check the path, its permissions and the free space."
@@ -61,15 +123,44 @@ class JudgeCache:
         with self.session() as session:
             return session.get_many(keys)
 
-    def put_many(self, verdicts: Mapping[str, Verdict]) -> None:
+    def put_many(self, verdicts: Mapping[str, Verdict], facts: Mapping[str, str] | None = None) -> None:
         """Keep the scores, in one transaction; missing verdicts are left out, and what is there already stays."""
         with self.session() as session:
-            session.put_many(verdicts)
+            session.put_many(verdicts, facts)
+
+    def stats(self) -> list[CacheGroup]:
+        """Return what is kept, a row for each judge, model, rubric and subject, with the tokens and dollars that it took once."""
+        group = ", ".join(_COLUMNS)
+        usage = [f"json_extract(verdict, '$.usage.{name}')" for name in ("input_tokens", "output_tokens", "dollars")]
+        totals = f"TOTAL({usage[0]}), TOTAL({usage[1]}), SUM({usage[2]})"
+        with self.session() as session:
+            rows = session.rows(f"SELECT {group}, COUNT(*), MIN(created), MAX(created), {totals} FROM verdicts GROUP BY {group} ORDER BY {group}")
+            return [CacheGroup._make((*facts, int(read), int(written), dollars)) for *facts, read, written, dollars in rows]
+
+    def count(self, chosen: CacheFilter) -> int:
+        """Return how many verdicts a filter means."""
+        condition, values = chosen.where()
+        with self.session() as session:
+            return int(next(session.rows(f"SELECT COUNT(*) FROM verdicts WHERE {condition}", values))[0])
+
+    def prune(self, chosen: CacheFilter) -> int:
+        """Remove the verdicts that a filter means, give their space back, and return how many there were."""
+        condition, values = chosen.where()
+        with self.session() as session:
+            return session.delete(condition, values)
+
+    def export(self) -> Iterator[dict[str, Any]]:
+        """Yield each verdict with its key, its date and what is known of its judge, ready for JSON."""
+        with self.session() as session:
+            for key, created, *facts, text in session.rows(
+                f"SELECT key, created, {', '.join(_COLUMNS)}, verdict FROM verdicts ORDER BY created, key"
+            ):
+                record = {name: value for name, value in session.verdict(key, text).record().items() if name != "cached"}
+                yield {"key": key, "created": created, **dict(zip(_COLUMNS, facts, strict=True)), "verdict": record}
 
     def __len__(self) -> int:
         """How many verdicts are kept."""
-        with self.session() as session:
-            return len(session)
+        return self.count(CacheFilter())
 
     def _open(self) -> sqlite3.Connection:
         """Return a checked connection; SQLite's own timeout does not cover turning WAL on, nor another connection's clean-up of it."""
@@ -111,9 +202,11 @@ class JudgeCache:
 class CacheSession:
     """An open connection to a cache; made by ``JudgeCache.session``."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
         """Use ``JudgeCache.session`` instead."""
         self._db = db
+        self._path = path
+        self._writing = threading.Lock()  # one transaction at a time: threads share the connection
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Verdict]:
         """Do what ``JudgeCache.get_many`` does."""
@@ -121,20 +214,51 @@ class CacheSession:
         found: dict[str, Verdict] = {}
         for start in range(0, len(wanted), _CHUNK):
             part = wanted[start : start + _CHUNK]
-            rows = self._db.execute(f"SELECT key, score, explanation, judge FROM verdicts WHERE key IN ({','.join('?' * len(part))})", part)
-            found |= {key: Verdict(score=score, explanation=text, judge=judge, cached=True) for key, score, text, judge in rows}
+            rows = self.rows(f"SELECT key, verdict FROM verdicts WHERE key IN ({','.join('?' * len(part))})", part)
+            found |= {key: self.verdict(key, text) for key, text in rows}
         return found
 
-    def put_many(self, verdicts: Mapping[str, Verdict]) -> None:
+    def put_many(self, verdicts: Mapping[str, Verdict], facts: Mapping[str, str] | None = None) -> None:
         """Do what ``JudgeCache.put_many`` does."""
-        rows = [(key, v.score, v.explanation, v.judge) for key, v in verdicts.items() if v.score is not None]
+        now, known = int(time.time()), [str((facts or {}).get(name, "")) for name in FACTS]
+        rows = [(key, now, v.judge, *known, _stored(v)) for key, v in verdicts.items() if v.score is not None]
         if rows:
-            with self._db:
-                self._db.executemany("INSERT OR IGNORE INTO verdicts (key, score, explanation, judge) VALUES (?, ?, ?, ?)", rows)
+            with self._writing, self._db:
+                self._db.executemany(_INSERT, rows)
 
-    def __len__(self) -> int:
-        """How many verdicts are kept."""
-        return int(self._db.execute("SELECT COUNT(*) FROM verdicts").fetchone()[0])
+    def rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[Any]:
+        """Yield the rows of a query."""
+        return self._db.execute(query, values)
+
+    def delete(self, condition: str, values: Sequence[Any]) -> int:
+        """Remove the verdicts that an SQL condition means and give their space back; return how many there were."""
+        with self._writing:
+            with self._db:
+                removed = self._db.execute(f"DELETE FROM verdicts WHERE {condition}", values).rowcount
+            self._db.execute("VACUUM")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return removed
+
+    def verdict(self, key: str, text: str) -> Verdict:
+        """Return a stored verdict, checked like any other: the file may have been touched by others.
+
+        Raises:
+            JudgeError: when the row holds no verdict.
+        """
+        try:
+            return Verdict.model_validate_json(_CACHED + text[1:])
+        except ValidationError as problem:
+            raise JudgeError(
+                f"judge cache {str(self._path)!r} is damaged: row {key!r} holds no verdict ({problem.errors()[0]['msg']}). Move the file away."
+            ) from problem
+
+
+def _stored(verdict: Verdict) -> str:
+    chosen: dict[str, Any] = {"exclude": {"cached"}, "exclude_none": True}  # defaults stay in: theirs may change, a verdict may not
+    try:
+        return verdict.model_dump_json(**chosen)
+    except PydanticSerializationError:  # half a character, where a model's answer was cut inside an emoji
+        return json.dumps(verdict.model_dump(**chosen), ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
 class CachedJudge:
@@ -160,26 +284,75 @@ class CachedJudge:
         """Whether the wrapped judge waits for somebody else's answer."""
         return bool(getattr(self._judge, "remote", False))
 
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What the wrapped judge says of itself, by the names in ``FACTS``; from one that says nothing, the model in its name."""
+        facts: Mapping[str, str] = getattr(self._judge, "facts", {"model": self.name.partition(":")[2]})
+        return facts
+
+    @property
+    def inner(self) -> Judge:
+        """The judge that is asked for what the cache does not hold."""
+        return self._judge
+
     def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
-        """Return one verdict a request, in order; requests that repeat are judged once, finished scores are kept even when the batch fails."""
-        keys = [request_key(self.identity, r) for r in requests]
+        """Return one verdict a request, in order.
+
+        Requests that repeat are judged once, and their further verdicts are marked ``cached``, as they cost nothing. Finished scores are kept even
+        when the batch fails or is interrupted, if the judge hands them over as they arrive.
+        """
+        identity = self.identity
+        keys = [request_key(identity, r) for r in requests]
         with self._cache.session() as session:
             known = session.get_many(keys)
-            unknown = {key: r for key, r in zip(keys, requests, strict=True) if key not in known}
-            if unknown:
-                known |= self._ask(unknown, session)
+            if len(known) < len(keys):
+                unknown = {key: r for key, r in zip(keys, requests, strict=True) if key not in known}
+                return self._with_fresh(keys, known, self._ask(unknown, session))
         return [known[key] for key in keys]
 
+    def estimate(self, requests: Sequence[JudgeRequest]) -> Usage | None:
+        """Return what judging would take, for distinct requests that the cache does not hold; None when the wrapped judge gives no estimates."""
+        estimate = getattr(self._judge, "estimate", None)
+        if estimate is None:
+            return None
+        identity = self.identity
+        distinct = {request_key(identity, r): r for r in requests}
+        known = self._cache.get_many(distinct)
+        usage: Usage = estimate([r for key, r in distinct.items() if key not in known])
+        return usage
+
+    @staticmethod
+    def _with_fresh(keys: Sequence[str], known: Mapping[str, Verdict], fresh: dict[str, Verdict]) -> list[Verdict]:
+        verdicts: list[Verdict] = []
+        for key in keys:
+            if (verdict := known.get(key)) is None:
+                verdict = fresh[key]
+                if not verdict.cached:
+                    fresh[key] = verdict.model_copy(update={"cached": True})
+            verdicts.append(verdict)
+        return verdicts
+
     def _ask(self, requests: Mapping[str, JudgeRequest], session: CacheSession) -> dict[str, Verdict]:
-        keys = list(requests)
-        if isinstance(self._judge, StreamingJudge):
-            verdicts = self._judge.judge_each(list(requests.values()), lambda index, verdict: session.put_many({keys[index]: verdict}))
-            return dict(zip(keys, verdicts, strict=True))
-        fresh = dict(zip(keys, self._judge.judge(list(requests.values())), strict=True))
-        session.put_many(fresh)
-        return fresh
+        keys, facts = list(requests), self.facts
+        if not isinstance(self._judge, StreamingJudge):
+            fresh = dict(zip(keys, self._judge.judge(list(requests.values())), strict=True))
+            session.put_many(fresh, facts)
+            return fresh
+        unsaved: dict[str, Verdict] = {}
+
+        def keep(index: int, verdict: Verdict) -> None:
+            unsaved[keys[index]] = verdict
+            session.put_many({keys[index]: verdict}, facts)
+            del unsaved[keys[index]]
+
+        try:
+            return dict(zip(keys, self._judge.judge_each(list(requests.values()), keep), strict=True))
+        except BaseException:
+            session.put_many(unsaved, facts)  # Ctrl-C can fall into a transaction and roll it back
+            raise
 
 
 def request_key(identity: str, request: JudgeRequest) -> str:
     """Return the cache key: SHA-256 of the judge's identity and the request's full content."""
-    return content_hash({"judge": identity, "request": request.model_dump(mode="json")})
+    content = [identity, request.prompt, request.response, request.other, request.references, request.false_references]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,25 +1,41 @@
-"""An OpenAI-compatible endpoint: where to ask, how hard to try, and which environment variable holds the key."""
+"""An endpoint: where to ask, how hard to try, what may be spent, and which environment variable holds the key."""
 
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field
 
-from steered_lm.config import Config
 from steered_lm.errors import JudgeError, near_misses
+from steered_lm.judges.budget import Limits
+from steered_lm.judges.redact import Key
 
-_DEFAULT_URL = "https://api.openai.com/v1"
+
+class Defaults(NamedTuple):
+    """What an endpoint's options are when they are not given.
+
+    Attributes:
+        judge: the backend's name, for messages.
+        base_url: the provider's own endpoint.
+        url_env: the environment variable that holds another one.
+        key_env: the environment variable that holds the key.
+    """
+
+    judge: str
+    base_url: str
+    url_env: str
+    key_env: str
 
 
-class Endpoint(Config):
-    """Where and how to ask.
+class Endpoint(Limits):
+    """Where and how to ask, beside the budget.
 
     Attributes:
         model: the endpoint's name of the judge model.
-        base_url: the endpoint; by default ``OPENAI_BASE_URL`` or OpenAI's own.
+        base_url: the endpoint; by default what the provider's variable says (``OPENAI_BASE_URL``, ``ANTHROPIC_BASE_URL``), or the provider's own.
         key_env: the environment variable that holds the key; ``none`` for an endpoint without keys.
+        mode: ``logprobs``, ``json`` or ``text``: how answers are asked for and read; ``auto``: the first of these that the endpoint takes.
         concurrency: requests in flight.
         timeout: seconds that one attempt may take, all in all.
         attempts: attempts a request, retries included.
@@ -28,8 +44,9 @@ class Endpoint(Config):
     """
 
     model: str = Field(min_length=1)
-    base_url: str = Field(default_factory=lambda: os.environ.get("OPENAI_BASE_URL") or _DEFAULT_URL)
-    key_env: str = "OPENAI_API_KEY"
+    base_url: str
+    key_env: str
+    mode: Literal["auto", "logprobs", "json", "text"] = "auto"
     concurrency: int = Field(default=16, ge=1)
     timeout: float = Field(default=60.0, gt=0)
     attempts: int = Field(default=6, ge=1)
@@ -37,7 +54,7 @@ class Endpoint(Config):
     max_wait: float = Field(default=60.0, ge=0)
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self:
+    def from_options(cls, options: Mapping[str, Any], defaults: Defaults) -> Self:
         """Validate options without ever repeating a value that could be a key.
 
         Raises:
@@ -47,29 +64,31 @@ class Endpoint(Config):
         if unknown:
             hints = near_misses(unknown[0], cls.model_fields)
             raise JudgeError(
-                f"judge openai has no option {', '.join(unknown)}. {hints} A key is read from the environment only (key_env names the variable)."
+                f"judge {defaults.judge} has no option {', '.join(unknown)}. {hints} "
+                "A key is read from the environment only (key_env names the variable)."
             )
         if not re.fullmatch(r"none|[A-Z_][A-Z0-9_]*", str(options.get("key_env", "none"))):
             raise JudgeError("key_env is not an environment variable's name in capitals (nor none); its value is not shown here, as it may be a key.")
-        url = str(options.get("base_url") or os.environ.get("OPENAI_BASE_URL") or _DEFAULT_URL)
+        url = str(options.get("base_url") or os.environ.get(defaults.url_env) or defaults.base_url)
         if not re.fullmatch(r"https?://[^@?#\s]+", url):
             raise JudgeError(
                 "base_url must be http(s)://host/path without user, password or query; its value is not shown here, as it may hold a key."
             )
-        return cls.parse({**options, "base_url": url}, source="judge openai", error=JudgeError)
+        given = {"key_env": defaults.key_env, **options, "base_url": url.rstrip("/")}
+        return cls.parse(given, source=f"judge {defaults.judge}", error=JudgeError)
 
-    def key(self) -> str:
-        """Return the key.
+    def key(self, judge: str) -> Key:
+        """Return the key; ``judge`` is the backend's name, for the message.
 
         Raises:
             JudgeError: when the environment has none.
         """
         if self.key_env == "none":
-            return "none"
+            return Key("none")
         key = os.environ.get(self.key_env, "").strip()
         if not key:
             raise JudgeError(
-                f"judge openai:{self.model} needs a key, and the environment variable {self.key_env} is not set. "
+                f"judge {judge}:{self.model} needs a key, and the environment variable {self.key_env} is not set. "
                 "Set it, name another one with key_env=…, write key_env=none for an endpoint without keys, or use judge=stylometric (offline)."
             )
-        return key
+        return Key(key)

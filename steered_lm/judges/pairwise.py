@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 from steered_lm.config import content_hash
+from steered_lm.errors import JudgeError
 from steered_lm.judges.base import PREFERENCE, Choice, Judge, JudgeRequest, Verdict
+
+_MIRRORED: dict[Choice, Choice] = {"A": "B", "B": "A", "tie": "tie"}
 
 
 class BothOrders:
@@ -41,10 +44,22 @@ class BothOrders:
         """Return one verdict a pair, in order.
 
         Raises:
-            ValueError: when a request has no other response.
+            JudgeError: when a request has no other response.
         """
-        verdicts = self._judge.judge([*requests, *(request.swapped() for request in requests)])
+        verdicts = self._judge.judge(both_orders(requests))
         return [combine(first, second, self.name) for first, second in zip(verdicts[: len(requests)], verdicts[len(requests) :], strict=True)]
+
+
+def both_orders(requests: Sequence[JudgeRequest]) -> list[JudgeRequest]:
+    """Return the pairs as given, and then the same pairs swapped.
+
+    Raises:
+        JudgeError: when a request has no other response.
+    """
+    lacking = [number for number, request in enumerate(requests) if request.other is None]
+    if lacking:
+        raise JudgeError(f"requests[{lacking[0]}].other is None: a pairwise judge holds two responses against each other. Give both.")
+    return [*requests, *(request.swapped() for request in requests)]
 
 
 def combine(first: Verdict, second: Verdict, judge: str) -> Verdict:
@@ -55,18 +70,17 @@ def combine(first: Verdict, second: Verdict, judge: str) -> Verdict:
         "scale": PREFERENCE,
         "parts": (first, second),
         "usage": usage,
-        "mode": first.mode,
+        "mode": first.mode if first.mode == second.mode else None,
         "cached": first.cached and second.cached,
     }
     if first.score is None or second.score is None:
         reasons = [f"{order}: {v.missing}" for order, v in (("as given", first), ("swapped", second)) if v.missing is not None]
         return Verdict(missing="; ".join(reasons), **facts)
-    score = (first.score - second.score) / 2
-    preferred, other = _choice(first.score), _choice(-second.score)
+    preferred, other = _choice(first), _MIRRORED[_choice(second)]
     consistent = preferred == other
     sure = [v.confidence for v in (first, second) if v.confidence is not None]
     return Verdict(
-        score=score,
+        score=(first.score - second.score) / 2,
         choice=preferred if consistent else "tie",
         consistent=consistent,
         confidence=sum(sure) / len(sure) if consistent and len(sure) == 2 else None,
@@ -75,5 +89,9 @@ def combine(first: Verdict, second: Verdict, judge: str) -> Verdict:
     )
 
 
-def _choice(preference: float) -> Choice:
-    return "A" if preference > 0 else "B" if preference < 0 else "tie"
+def _choice(verdict: Verdict) -> Choice:
+    """Return what a verdict names; from probabilities that is the likeliest answer, a tie too, and not the sign of the mean."""
+    if verdict.choice is not None:
+        return verdict.choice
+    assert verdict.score is not None
+    return "A" if verdict.score > 0 else "B" if verdict.score < 0 else "tie"

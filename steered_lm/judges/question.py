@@ -49,7 +49,7 @@ class Question:
         Raises:
             JudgeError: when no description is given and the trait is none of ours.
         """
-        return cls(rubric or Rubric.load("trait"), f"{trait}: {(description or trait_description(trait)).strip()}", trait)
+        return cls(rubric or Rubric.load("trait"), f"{trait}: {(description or '').strip() or trait_description(trait)}", trait)
 
     @classmethod
     def of_kind(cls, kind: Kind | Path) -> Self:

@@ -1,7 +1,6 @@
 """The rubric that a language-model judge is given: instructions, a level's meaning by score, the form of the answer."""
 
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -66,6 +65,9 @@ class Rubric(Config):
         for field in self.shows.values():
             if field not in _FIELDS:
                 raise ValueError(f"shows names {field!r}, which no request has; allowed are {', '.join(_FIELDS)}")
+        needs = {"response", "other"} if self.kind == "pairwise" else {"response"}
+        if needs - set(self.shows.values()):
+            raise ValueError(f"shows lacks {', '.join(sorted(needs - set(self.shows.values())))}, so a judge would not see what it rates")
         return self
 
     @classmethod
@@ -75,14 +77,14 @@ class Rubric(Config):
         Raises:
             JudgeError: when the kind is unknown, or the file is missing or malformed.
         """
-        if isinstance(kind, str) and kind not in KINDS and not kind.endswith((".yaml", ".json")):
+        if isinstance(kind, str) and kind not in KINDS and not kind.endswith((".yaml", ".yml", ".json")):
             raise JudgeError(f"kind={kind!r} is no kind of judgement and no rubric file. {near_misses(kind, KINDS)}")
         file = content_dir("tasks") / "rubrics" / f"{kind}.yaml" if kind in KINDS else Path(kind)
         return cls.parse(read_structured(file, error=JudgeError), source=f"rubric {str(file)!r}", error=JudgeError)
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """SHA-256 of the rubric's content."""
+        """SHA-256 of the rubric's content; worked out each time, since pydantic's copies would carry a kept one along."""
         return content_hash(self.model_dump(mode="json"))
 
     @property
@@ -90,12 +92,12 @@ class Rubric(Config):
         """Lowest and highest score of its verdicts."""
         return PREFERENCE if self.scale is None else (float(self.scale[0]), float(self.scale[1]))
 
-    @cached_property
+    @property
     def options(self) -> dict[str, float]:
         """What a one-token answer may be, and the score that it stands for."""
         return dict(_LETTERS) if self.scale is None else {str(level): float(level) for level in range(self.scale[0], self.scale[1] + 1)}
 
-    @cached_property
+    @property
     def answer_schema(self) -> dict[str, Any]:
         """The JSON schema of an answer; the reason comes first, to be thought of first.
 

@@ -46,6 +46,7 @@ def optimize(
     out: Path | str,
     arms: Sequence[Candidate] = (),
     progress: Callable[[Generation], None] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> OptimizeResult:
     """Search the weights of ``template`` for the highest mean score and return the spec that holds up on fresh items.
 
@@ -64,6 +65,7 @@ def optimize(
         out: the run's folder, new or of the same run.
         arms: further conditions of the test evaluation, such as the prompted persona.
         progress: called after each generation, replayed ones included.
+        before: called when the folder is this run's and evaluations are to come, ahead of the first one; an error of it ends the run.
 
     Raises:
         RunError: when the settings make no run, the folder is another run's, the log does not replay, or every fitness is unknown.
@@ -71,8 +73,10 @@ def optimize(
     """
     settings = _completed(settings, template, arms)
     folder = Path(out)
-    size = _population_size(settings)
+    size = population_size(settings)
     with RunLog.open(folder, settings) as log:
+        if before is not None and not log.of_kind("test"):
+            before()
         run = _Run(objective, template, settings, log, progress, planned=settings.budget // size * size)
         optimizer = _load(settings)
         run.search(optimizer)
@@ -113,7 +117,7 @@ def _check_space(space: SearchSpace) -> None:
         raise RunError(f"space has low={space.low} and high={space.high}: low must be below high.")
 
 
-def _population_size(settings: RunSettings) -> int:
+def population_size(settings: RunSettings) -> int:
     """Return the first population's size, from an optimiser made for the purpose, before anything is written."""
     size = len(_checked(_load(settings).ask(), settings))
     if settings.budget < size:
