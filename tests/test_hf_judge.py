@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from chat_folder import TEMPLATE
 from environments import REPOSITORY
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from steered_lm.content import resolve_model
 from steered_lm.errors import JudgeError, ModelError
@@ -58,6 +58,7 @@ def save_judge(
     byte_level = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*SPECIAL, *alphabet])}, merges=[]))
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
+    byte_level.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     settings = {"pad_token": "<pad>", "bos_token": "<s>", "additional_special_tokens": SPECIAL[3:]} | ({"eos_token": "<|end|>"} if end else {})
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=byte_level, chat_template=template, clean_up_tokenization_spaces=False, **settings)
     if numbers:
@@ -292,13 +293,13 @@ def test_a_template_without_a_system_turn_gets_the_rubric_in_the_users(tmp_path)
     assert verdict.mass == pytest.approx(float(p[[hand.ids(t)[0] for t in [" 7", *map(str, range(101))]]].sum()), abs=1e-4)
 
 
-def test_a_plain_prompt_ends_an_answer_with_its_line(tmp_path):
+def test_a_plain_prompt_has_its_first_token_and_ends_an_answer_with_its_line(tmp_path):
     folder, asked = save_judge(tmp_path, numbers=False, template=None), question(scale=(0, 10))
     with pytest.raises(ModelError, match="has no chat template"):
         make_judge(f"hf:{folder}", asked)
     (verdict,) = make_judge(f"hf:{folder}", asked, prompt_format="plain").judge(REQUESTS[:1])
     hand = ByHand(folder)
-    prompt = hand.ids(f"{asked.system(token=True)}\nUser: {asked.user(REQUESTS[0])}\nAssistant:")
+    prompt = hand.ids(f"<s>{asked.system(token=True)}\nUser: {asked.user(REQUESTS[0])}\nAssistant:")
     ways = [hand.ids(f"{space}{score}\n") for score in range(11) for space in ("", " ")]
     assert verdict.mass == pytest.approx(sum(hand.sequence(prompt, way) for way in ways), abs=1e-6)
 
@@ -367,6 +368,10 @@ def test_the_identity_holds_what_can_change_a_verdict_and_nothing_else(whole, di
     save_template.chat_template = NO_SYSTEM
     save_template.save_pretrained(folder)
     others += [before, after, identity(folder)]
+    # weights that both precisions hold exactly
+    model.to(torch.bfloat16).save_pretrained(folder)
+    others += [identity(folder, dtype="float32"), identity(folder, dtype="bfloat16")]
+    assert identity(folder) == others[-1]
     assert len({one, *others}) == 1 + len(others)
 
 

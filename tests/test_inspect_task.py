@@ -11,8 +11,10 @@ import anyio
 import pytest
 import transformers as hf
 from chat_folder import save_chat_model
+from fault_server import Answer as Response
+from fault_server import FaultServer, fault
 from inspect_ai import eval as inspect_eval
-from inspect_ai.model import Logprob, Logprobs, ModelAPI, ModelOutput, ModelUsage, TopLogprob, modelapi
+from inspect_ai.model import ContentText, Logprob, Logprobs, ModelAPI, ModelOutput, ModelUsage, TopLogprob, modelapi
 from inspect_ai.util import LimitExceededError
 from tiny_models import vectors_for
 
@@ -269,12 +271,12 @@ def test_a_provider_that_refuses_the_request_for_log_probabilities_is_asked_for_
     assert [(v.score, v.mode) for v in ask(make_judge("inspect:scripted/m", COHERENCE), 2)] == [(70, "json")] * 2
 
 
-@pytest.mark.parametrize("fault", [RequestError(503), OSError("no route")])
-def test_a_call_that_fails_is_missing_and_does_not_change_how_the_others_are_asked(script, fault):
-    script('{"reason": "Sound.", "score": 70}', first=fault)
+@pytest.mark.parametrize("problem", [RequestError(503), OSError("no route"), json.JSONDecodeError("garbage", "<html>", 0)])
+def test_a_call_that_fails_is_missing_and_does_not_change_how_the_others_are_asked(script, problem):
+    script('{"reason": "Sound.", "score": 70}', first=problem)
     judge = make_judge("inspect:scripted/m", COHERENCE)
     (verdict,) = ask(judge)
-    assert (verdict.score, verdict.missing) == (None, f"the grader's call failed: {type(fault).__name__}: {fault}")
+    assert (verdict.score, verdict.missing) == (None, f"the grader's call failed: {type(problem).__name__}: {problem}")
     script(first=first_token(("80", 0.9), ("90", 0.1)))
     assert ask(judge)[0].mode == "logprobs"
     # once one mode has answered, no fault changes it
@@ -331,6 +333,35 @@ def test_a_model_that_declines_to_judge_or_is_cut_off_is_missing(script):
     assert ask(make_judge("inspect:scripted/m", COHERENCE, mode="json"))[0].missing == "answer cut off: length"
     script(ModelOutput(model="scripted", choices=[]))
     assert ask(make_judge("inspect:scripted/m", COHERENCE, mode="json"))[0].missing == "empty answer"
+
+
+def test_a_refusal_does_not_settle_how_the_others_are_asked(script):
+    script('{"reason": "x", "score": 70}', first=ModelOutput.from_content("scripted", [ContentText(text="I cannot.", refusal=True)]))
+    judge = make_judge("inspect:scripted/m", COHERENCE)
+    (verdict,) = ask(judge)
+    assert (verdict.score, verdict.missing, verdict.explanation) == (None, JUDGE_REFUSED, "I cannot.")
+    script('{"reason": "x", "score": 70}')
+    assert [(v.score, v.mode) for v in ask(judge)] == [(70, "json")]
+
+
+def test_inspects_own_openai_provider_gives_the_score_of_a_recorded_response(monkeypatch):
+    recorded = (Path(__file__).with_name("recorded") / "trait.json").read_text("utf-8")
+    server = FaultServer(lambda *_: Response(recorded))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-0123456789")
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    try:
+        verdicts = ask(make_judge("inspect:openai/gpt-4.1-mini", Question.of_trait("humorous")), 3)
+        server.script = lambda *_: fault(401, "no such key: sk-planted-0123456789")
+        (refused,) = ask(make_judge("inspect:openai/gpt-4.1-mini", Question.of_trait("humorous")))
+    finally:
+        server.close()
+    # worked out by hand in test_answers.py
+    assert [(v.score, v.mode) for v in verdicts] == [(pytest.approx(83.659 / 0.983), "logprobs")] * 3
+    assert verdicts[0].usage == Usage(requests=1, input_tokens=412, output_tokens=1)
+    assert server.bodies[0]["top_logprobs"] == 20
+    assert refused.missing.startswith("the grader's call failed: AuthenticationError")
+    assert "planted" not in str(refused)
 
 
 def test_our_own_provider_is_asked_for_text_since_it_gives_nothing_else(folder):

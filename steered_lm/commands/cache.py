@@ -17,7 +17,7 @@ from steered_lm.config import write_atomic
 from steered_lm.errors import JudgeError
 from steered_lm.judges.cache import CacheFilter, CacheGroup, JudgeCache
 
-console = Console()
+console = Console(emoji=False)
 cache_app = typer.Typer(no_args_is_help=True, help="Show, shrink and export a judge cache.")
 
 CacheFile = Annotated[Path, typer.Argument(help="The SQLite file that a run's --cache, --judge-cache or cache= named.")]

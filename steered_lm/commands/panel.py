@@ -18,7 +18,7 @@ from steered_lm.judges.base import Usage, Verdict
 from steered_lm.judges.verdicts import CHOICE_CODES, Verdicts, members, metric_of, read_verdicts, value
 from steered_lm.stats import Estimate, mean_interval
 
-console = Console()
+console = Console(emoji=False)
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write everything to this file, too.")]
 WorstCount = Annotated[int, typer.Option("--worst", help="How many of the items that are seen most differently are printed.", min=0)]
 _METRICS: dict[str, Metric | None] = {"auto": None, "interval": "interval", "ordinal": "ordinal", "nominal": "nominal"}

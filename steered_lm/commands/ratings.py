@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from steered_lm.judges.ratings import RatingsReport
     from steered_lm.judges.sheets import Asked, SheetKey
 
-console = Console()
+console = Console(emoji=False)
 
 
 def sheet(

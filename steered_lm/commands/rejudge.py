@@ -37,7 +37,7 @@ from steered_lm.judges.samples import SavedSample, read_samples, sample_files, s
 if TYPE_CHECKING:
     from steered_lm.stats import Values
 
-console = Console()
+console = Console(emoji=False)
 _SEED = 0
 _REASONS = 3
 _INTERRUPTED = 130  # what shells return for a process that Ctrl-C ended

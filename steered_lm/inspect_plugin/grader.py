@@ -15,6 +15,7 @@ from inspect_ai.model import (
     ChatMessage,
     ChatMessageSystem,
     ChatMessageUser,
+    ContentText,
     GenerateConfig,
     Model,
     ModelOutput,
@@ -115,18 +116,24 @@ class InspectJudge:
         return _run(lambda: self._grade_all(requests, on_verdict))
 
     async def _grade_all(self, requests: Sequence[JudgeRequest], on_verdict: OnVerdict) -> list[Verdict]:
-        async def one(index: int, request: JudgeRequest) -> Verdict:
-            verdict = await self.grade(request)
-            on_verdict(index, verdict)
-            return verdict
+        found: dict[int, Verdict] = {}
+        problems: list[Exception] = []
+
+        async def one(index: int, request: JudgeRequest) -> None:
+            try:
+                found[index] = await self.grade(request)
+                on_verdict(index, found[index])
+            except Exception as error:  # raised below as it is: a task group would wrap it
+                problems.append(error)
+                group.cancel_scope.cancel()
 
         # Inspect itself bounds the calls in flight
-        tasks = [asyncio.ensure_future(one(index, request)) for index, request in enumerate(requests)]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
+        async with anyio.create_task_group() as group:
+            for index, request in enumerate(requests):
+                group.start_soon(one, index, request)
+        if problems:
+            raise problems[0]
+        return [found[index] for index in range(len(requests))]
 
     async def grade(self, request: JudgeRequest) -> Verdict:
         """Return the verdict on one response; a call that fails is missing with the reason, never a number.
@@ -175,14 +182,17 @@ class InspectJudge:
             raise error if isinstance(error, UserError) else JudgeError(f"judge {self.name}: {error}") from error
         except Exception as error:  # providers raise what their client raises; after Inspect's own retries the verdict is missing
             reason = f"the grader's call failed: {type(error).__name__}: {_redacted(str(error))}"[:300]
-            return _Tried(mode, Reading(None, reason), "refused" if _is_refusal(error) else "failed", Usage(requests=1))
+            return _Tried(mode, Reading(None, reason), "refused" if _is_refusal(error) else "unclear", Usage(requests=1))
         answer = _answer(output)
         reading = read(rubric, answer, mode)
-        if mode == "logprobs" and not answer.refused and (not answer.top or reading.missing == SPLIT):
-            return _Tried(mode, reading, "refused", answer.usage or Usage())
+        usage = answer.usage or Usage()
+        if answer.refused:
+            return _Tried(mode, reading._replace(text=_redacted(reading.text)), "unclear", usage)
+        if mode == "logprobs" and (not answer.top or reading.missing == SPLIT):
+            return _Tried(mode, reading, "refused", usage)
         if mode == "json" and self._options.mode == "auto" and reading.missing == UNPARSABLE:
             mode, reading = "text", read(rubric, answer, "text")  # most providers let a schema that they do not know pass unseen
-        return _Tried(mode, reading._replace(text=_redacted(reading.text)), "answered", answer.usage or Usage())
+        return _Tried(mode, reading._replace(text=_redacted(reading.text)), "answered", usage)
 
     def _model(self) -> Model:
         if self._options.model is None:
@@ -206,11 +216,11 @@ class InspectJudge:
 
 
 class _Tried(NamedTuple):
-    """What came of asking in one mode: ``answered``; ``refused`` when the model does not take the mode; ``failed`` for any other reason."""
+    """What came of asking in one mode: ``answered``; ``refused`` when the model does not take the mode; ``unclear`` when that could not be seen."""
 
     mode: Mode
     reading: Reading
-    outcome: Literal["answered", "refused", "failed"]
+    outcome: Literal["answered", "refused", "unclear"]
     usage: Usage = Usage()
 
 
@@ -234,13 +244,16 @@ def _answer(output: ModelOutput) -> Answer:
     first = choice.logprobs.content[0] if choice.logprobs is not None and choice.logprobs.content else None
     top = None if first is None or not first.top_logprobs else [(one.token, one.logprob) for one in first.top_logprobs]
     cut = "length" if choice.stop_reason in ("max_tokens", "model_length") else None
-    return Answer(output.completion, top, choice.stop_reason == "content_filter", cut, usage)
+    content = choice.message.content
+    declined = not isinstance(content, str) and any(isinstance(part, ContentText) and part.refusal for part in content)
+    return Answer(output.completion, top, declined or choice.stop_reason == "content_filter", cut, usage)
 
 
 def _is_refusal(error: Exception) -> bool:
     """Return whether a provider does not take such a request at all, so that another form of it may fare better."""
     status = getattr(error, "status_code", None)
-    return status in _REFUSED if status is not None else isinstance(error, (ValueError, TypeError, NotImplementedError))
+    # not the kinds of ValueError that a garbled response gives
+    return status in _REFUSED if status is not None else type(error) is ValueError or isinstance(error, (TypeError, NotImplementedError))
 
 
 def _redacted(text: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from steered_lm.config import Config
 
@@ -22,6 +22,14 @@ Mode = Literal["logprobs", "json", "text"]
 Choice = Literal["A", "B", "tie"]
 
 
+def _whole(text: str) -> str:
+    """Return a text with ``?`` for half characters (lone surrogates, from answers that were cut off), which no file or connection takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
 class JudgeRequest(Config):
     """What is to be judged. The judge sees the response, and the prompt only as context, never glued together.
 
@@ -33,11 +41,11 @@ class JudgeRequest(Config):
         false_references: truthfulness: answers known to be false.
     """
 
-    prompt: str
-    response: str
-    other: str | None = None
-    references: tuple[str, ...] = ()
-    false_references: tuple[str, ...] = ()
+    prompt: Text
+    response: Text
+    other: Text | None = None
+    references: tuple[Text, ...] = ()
+    false_references: tuple[Text, ...] = ()
 
     def swapped(self) -> "JudgeRequest":
         """Return the same pair in the other order.
@@ -89,9 +97,9 @@ class Verdict(Config):
     """
 
     score: float | None = None
-    missing: str | None = None
+    missing: Text | None = None
     scale: tuple[float, float] = SCALE
-    explanation: str = ""
+    explanation: Text = ""
     judge: str
     cached: bool = False
     mode: Mode | None = None

@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from weakref import WeakValueDictionary
 
@@ -89,7 +90,7 @@ class HFJudge:
         """``hf:<model>``."""
         return f"hf:{self._options.model}"
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """SHA-256 of question, model (its name, a sample of its weights, its precision), and how it is asked."""
         return content_hash(
@@ -220,7 +221,8 @@ class _Writer:
     def ends(self) -> list[tuple[int, ...]]:
         """Return what ends a reply: the template's end of a turn, or the end of the line; none when the template has no end of a turn."""
         if self._options.prompt_format == "plain":
-            return [self.following(_ANY, "\n")]
+            line = self.following(_ANY, "\n")
+            return [line] if self._text(line) == "\n" else []
         turns = [{"role": "user", "content": "user"}, {"role": "assistant", "content": _REPLY}]
         written = str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False))
         rest = written.rpartition(_REPLY)[2].strip()

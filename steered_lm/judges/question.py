@@ -66,6 +66,11 @@ class Question:
         """Lowest and highest score."""
         return self.rubric.bounds
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a cache shows of it: ``rubric``, ``rubric_version`` and ``about``."""
+        return {"rubric": self.rubric.name, "rubric_version": str(self.rubric.version), "about": self.about}
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the rubric and the subject."""
