@@ -252,7 +252,7 @@ def beginning_bytes(stage: Stage, footprint: Footprint, part: float) -> int:
 
 
 def pass_bytes(stage: Stage, shape: PassShape, footprint: Footprint, part: float) -> int:
-    """Return what a pass of a stage takes at its peak, beside the common beginning's keys and values; ``part`` as above."""
+    """Return what a pass of a stage takes at its peak, with the keys and values of the common beginning; ``part`` as above."""
 
     def running(rows: int, width: int, columns: int, places: int) -> int:
         """What comes and goes: in a block's layers, in its attention, or when scores are normalised."""
