@@ -11,10 +11,10 @@ from scipy.stats import chisquare
 from tiny_models import FAMILIES, random_model, spec_for, special_model, steering_kinds
 from transformers.cache_utils import DynamicCache
 
-from steered_lm.engine import Engine, GenerationRow, Sampling, ScoreRequest, tree
+from steered_lm.engine import Engine, GenerationRow, Sampling, ScoreRequest, engine, tree
 from steered_lm.engine.cache import EngineCache
 from steered_lm.engine.forward import Forward
-from steered_lm.engine.memory import Demand, Footprint, fit_generation, fit_scoring
+from steered_lm.engine.memory import Demand, Footprint, beginning_bytes, fit_generation, fit_scoring, pass_bytes
 from steered_lm.engine.sampling import Sampler, draw
 from steered_lm.engine.stops import Stops
 from steered_lm.engine.tree import build_contexts, group_by_prefix
@@ -344,6 +344,8 @@ def test_rows_keep_their_keys_and_values_while_others_come_and_go():
 
 # -- memory -----------------------------------------------------------------------------------------------------------------------
 
+FOOTPRINT = Footprint(cache=400, activation=1000, scores=600, logits=300, normalising=300, hidden=100, column=100, pair=4, workspace=1000)
+
 
 @pytest.fixture
 def peak(monkeypatch):
@@ -406,7 +408,7 @@ def test_long_prompts_of_rows_that_come_later_are_part_of_the_plan(kind, peak, t
 
 def test_a_larger_budget_never_runs_fewer_rows_and_a_row_that_does_not_fit_is_refused():
     rows = [GenerationRow(tuple(range(3, 40)), 9)] * 60
-    footprint = Footprint(cache=400, activation=1000, scores=600, logits=300)
+    footprint = FOOTPRINT
     plain = Demand(rows, blocks=3, lower=1, early=False, prefixes=True, sharing=False)
     budgets = range(120_000, 4_000_000, 40_000)
     fits = [fit_generation(plain, footprint, budget, most_rows=None) for budget in budgets]
@@ -416,7 +418,7 @@ def test_a_larger_budget_never_runs_fewer_rows_and_a_row_that_does_not_fit_is_re
     assert fit_generation(plain, footprint, 3_000_000, most_rows=7).plan.rows == 7
     drawn = replace(plain, rows=[row._replace(sampling=Sampling(temperature=1.0)) for row in rows])
     shared, early = replace(plain, sharing=True), replace(plain, early=True)
-    costs = [demand.bytes(60, footprint) for demand in (shared, plain, drawn, early)]
+    costs = [demand.bytes(60, footprint._replace(scores=1500)) for demand in (shared, plain, drawn, early)]
     assert costs == sorted(costs) and len(set(costs)) == 4
     assert [demand.shared(60) for demand in (plain, shared, replace(early, sharing=True))] == [0, 3, 1]
     assert replace(early, sharing=True).shared(59) == 0
@@ -426,22 +428,116 @@ def test_a_larger_budget_never_runs_fewer_rows_and_a_row_that_does_not_fit_is_re
         fit_generation(plain, footprint, 10_000, most_rows=None)
 
 
-def test_a_context_that_does_not_fit_is_refused_and_others_share_passes_as_far_as_they_fit():
+def test_a_pass_over_the_rows_of_one_prompt_is_priced_whole():
+    """Prompts that begin alike, each with more rows than run at once: a pass never meets two of them, so nothing runs beforehand."""
+    rows = [GenerationRow((*range(3, 40), i), 9) for i in range(4) for _ in range(20)]
+    demand = Demand(rows, blocks=3, lower=1, early=True, prefixes=True, sharing=False)
+    assert (demand.prefix, demand.alike, demand.widest) == (37, [20] * 4, 38)
+    only = Footprint(0, 1, 0, 0, 0, 0, 0, 0)  # nothing but activations
+    assert demand.bytes(12, only) == 12 * 38
+    # all at once they have their beginning in common, and the other token each of its own
+    assert demand.bytes(80, only) == max(80 * 1, 20 * 38)
+    assert replace(demand, prefixes=False).bytes(80, only) == 80 * 38
+
+
+def test_how_many_prompts_consecutive_rows_have_at_most():
+    counts = [1, 7, 2, 2, 5, 1, 3]
+    rows = [GenerationRow((3, i), 9) for i, count in enumerate(counts) for _ in range(count)]
+    demand = Demand(rows, blocks=3, lower=1, early=True, prefixes=True, sharing=False)
+    for size in range(1, len(rows) + 1):
+        windows = [len({row.tokens for row in rows[start : start + size]}) for start in range(len(rows) - size + 1)]
+        assert max(windows) <= demand.met(size)
+    assert [demand.met(size) for size in (1, 2, 3, 4, 20)] == [1, 2, 3, 4, 8]
+
+
+def stages_of(requests, numbers, budget, early=(False,) * 8, **settings):
+    contexts, _ = build_contexts(requests, numbers, 60)
+    plan = fit_scoring(contexts, early, FOOTPRINT, budget, **{"most_contexts": None, "prefixes": True, "part": 0.5, **settings})
+    asked = Counter((number, spec) for number, context in enumerate(contexts) for spec in context.specs)
+    ran = Counter((part.number, spec) for stage in plan.stages for parts in stage.passes for part in parts for spec in part.specs)
+    assert ran == asked and set(ran.values()) == {1}
+    # the plan's bytes are those of its dearest pass
+    prices = [pass_bytes(stage, stage.shape(parts), FOOTPRINT, 0.5) for stage in plan.stages for parts in stage.passes]
+    first = [beginning_bytes(stage, FOOTPRINT, 0.5) for stage in plan.stages if stage.beginning]
+    assert plan.bytes == max(prices + first) <= budget
+    return plan.stages
+
+
+def test_scoring_passes_are_as_full_as_the_budget_allows_and_a_context_that_does_not_fit_is_refused():
     requests = [ScoreRequest((*range(3, 30), i), (token, 5)) for i in range(3, 33) for token in range(3, 7)]
-    contexts, _ = build_contexts(requests, [0] * len(requests), 60)
-    footprint = Footprint(cache=400, activation=1000, scores=600, logits=300)
-    fits = [fit_scoring(contexts, footprint, budget, most_contexts=None, prefixes=True) for budget in (60_000, 300_000, 1 << 40)]
-    plans = [fit.plan for fit in fits]
-    assert fits[0].bytes <= 60_000 < fits[1].bytes <= 300_000 < fits[2].bytes
-    assert [plan.contexts for plan in plans] == [30, 30, 30]
-    # the 27 tokens that all contexts begin with run once, but each row holds them
-    assert plans[0].tokens < plans[1].tokens < plans[2].tokens == 30 * 5
-    assert plans[0].columns < plans[1].columns < plans[2].columns == 30 * 32
-    assert plans[0].places < plans[1].places < plans[2].places == 30 * 5
-    with pytest.raises(
-        ModelError, match="one context of 32 tokens under 1 specs needs 0 MiB beside the model's weights and the memory budget is 0 MiB"
-    ):
-        fit_scoring(contexts, footprint, 20_000, most_contexts=None, prefixes=True)
+    sizes = []
+    for budget in (60_000, 100_000, 300_000, 1 << 40):
+        (stage,) = stages_of(requests, [0] * len(requests), budget)
+        # the 27 tokens that all contexts begin with run once, but each row holds them
+        assert (len(stage.beginning), stage.late) == (27, True)
+        for parts, later in pairwise(stage.passes):
+            assert pass_bytes(stage, stage.shape([*parts, later[0]]), FOOTPRINT, 0.5) > budget
+        sizes.append([len(parts) for parts in stage.passes])
+    assert sizes[-1] == [30]
+    assert 10 < len(sizes[0]) > len(sizes[1]) > len(sizes[2]) > 1
+    (limited,) = stages_of(requests, [0] * len(requests), 1 << 40, most_contexts=8)
+    assert [len(parts) for parts in limited.passes] == [8, 8, 8, 6]
+    with pytest.raises(ModelError, match="one context of 32 tokens needs 0 MiB beside the model's weights and the memory budget is 0 MiB. Raise mem"):
+        stages_of(requests, [0] * len(requests), 20_000)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_fewer_specs_run_at_a_time_when_one_context_with_all_of_them_is_too_much(early):
+    requests = [ScoreRequest((*range(3, 30), i), (token, 5)) for i in range(3, 9) for token in range(3, 7) for _ in range(8)]
+    numbers = [i % 8 for i in range(len(requests))]
+    budgets = (1 << 40, 160_000, 80_000) if early else (1 << 40, 80_000, 60_000)
+    found = [[stage.specs for stage in stages_of(requests, numbers, budget, [early] * 8)] for budget in budgets]
+    assert found[0] == [[*range(8)]]
+    assert 1 < len(found[1]) < len(found[2]) <= 8
+    assert all([spec for specs in some for spec in specs] == [*range(8)] for some in found)
+
+
+@pytest.mark.parametrize("budget", [None, 250_000])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_runs_is_what_was_priced(family, budget, peak, monkeypatch, tmp_path):
+    """Passes as the model gets them, and the bytes of all caches together, against the plan."""
+    model = special_model(family)
+    monkeypatch.setattr(tree, "_WORTH", 4)
+    primer = tuple(range(3, 15))
+    contexts = [*((*primer, *range(20, 20 + i)) for i in range(1, 9)), (5,), (50, 51, 52)]
+    kinds = steering_kinds(model, tmp_path)
+    requests = [ScoreRequest(context, ending, kind) for context in contexts for kind in kinds[:7] for ending in ((7,), (7, 8, 9), (30, 31))]
+    requests += [ScoreRequest(context, (9, 8), kind, response_start=1) for context in contexts[-2:] for kind in kinds[:3]]
+    plans, ran, beginnings = [], [], []
+
+    def planned(*args, **options):
+        plans.append((fit_scoring(*args, **options), options["part"]))
+        return plans[-1][0]
+
+    def at(self, ids, mask, positions, cache, places, fork=None):
+        found = run_at(self, ids, mask, positions, cache, places, fork)
+        ran.append((len(ids), len(ids) if fork is None else len(fork.sequence), ids.shape[1], cache.columns.capacity, len(found)))
+        return found
+
+    def last(self, ids, mask, positions, cache, fork=None):
+        if mask.ndim == 2:
+            beginnings.append((tuple(ids[0].tolist()), 1 if fork is None else len(fork.sequence)))
+        return run_last(self, ids, mask, positions, cache, fork)
+
+    run = Engine(Steerer(model), None, gemm="torch", memory_budget=budget)
+    cache_bytes = run.support.cache_bytes
+    run_at, run_last = Forward.at, Forward.last
+    for name, function in (("at", at), ("last", last)):
+        monkeypatch.setattr(Forward, name, function)
+    monkeypatch.setattr(engine, "fit_scoring", planned)
+    peak[0] = 0
+    run.score(requests, max_length=60)
+    ((plan, part),) = plans
+    shapes = [stage.shape(parts) for stage in plan.stages for parts in stage.passes]
+    assert ran == [(shape.sequences, shape.rows, shape.tail, shape.columns, shape.places) for shape in shapes]
+    assert beginnings == [(stage.beginning, 1 if stage.late else len(stage.specs)) for stage in plan.stages if stage.beginning]
+    assert len({stage.late for stage in plan.stages}) == 2 and any(stage.beginning for stage in plan.stages) and any(shape.head for shape in shapes)
+    assert run.report.planned_bytes == plan.bytes <= (budget or 1 << 40)
+    # with nothing but keys and values to pay for, the dearest pass is what the caches held
+    caches = Footprint(cache_bytes, 0, 0, 0, 0, 0, 0, 0)
+    prices = [pass_bytes(stage, stage.shape(parts), caches, part) for stage in plan.stages for parts in stage.passes]
+    masks = [shape.rows * shape.tail * shape.columns for shape in shapes]
+    assert max(price - mask for price, mask in zip(prices, masks, strict=True)) == pytest.approx(peak[0], abs=len(shapes))
 
 
 def test_an_engine_with_too_small_a_budget_says_so(tmp_path):
@@ -450,7 +546,7 @@ def test_an_engine_with_too_small_a_budget_says_so(tmp_path):
     spec = spec_for(model, tmp_path)
     with pytest.raises(ModelError, match="one row of 30 tokens needs .* memory budget is 0 MiB. Raise memory_budget, shorten the prompts, or gen"):
         run.generate([GenerationRow(tuple(range(3, 23)), 10, spec)])
-    with pytest.raises(ModelError, match="one context of 20 tokens under 1 specs needs .* Raise memory_budget, or evaluate fewer specs at once"):
+    with pytest.raises(ModelError, match="one context of 20 tokens needs .* Raise memory_budget, or shorten the texts"):
         run.score([ScoreRequest(tuple(range(3, 23)), (5,), spec)], max_length=60)
 
 

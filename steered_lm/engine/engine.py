@@ -279,16 +279,16 @@ class Engine:
                 else:
                     done(mine, [row[places[n].continuation] for n in mine])
 
-        footprint = Footprint.of(self._forward, self.support.cache_bytes)
+        footprint = Footprint.of(self._forward, self.support.cache_bytes, self.softmax_dtype)
         part = (sites.fork + 1) / len(self._forward.blocks)
         prefixes = self.support.window is None
-        fit = fit_scoring(contexts, footprint, self._budget(), most_contexts=most, prefixes=prefixes, part=part)
-        logger.debug("%d requests, %d tokens at once, %s planned", len(requests), fit.plan.tokens, mebibytes(fit.bytes))
+        plan = fit_scoring(contexts, sites.early, footprint, self._budget(), most_contexts=most, prefixes=prefixes, part=part)
+        logger.debug("%d requests in %d passes, %s planned", len(requests), sum(len(stage.passes) for stage in plan.stages), mebibytes(plan.bytes))
         tables: dict[int, Table] = {}
-        run = TreeScorer(self._forward, sites, tables, fit.plan, self.softmax_dtype)
+        run = TreeScorer(self._forward, sites, tables, self.softmax_dtype)
         try:
-            with self.report.peak(self._forward.device, fit.bytes), self.steerer.running(tables, sites.layers):
-                run.run(contexts, note)
+            with self.report.peak(self._forward.device, plan.bytes), self.steerer.running(tables, sites.layers):
+                run.run(plan.stages, note)
         finally:
             self.report.add_scoring(run.cost)
         if broken:

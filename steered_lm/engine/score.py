@@ -1,6 +1,6 @@
 """Log-likelihoods by token trees: what requests share runs once, and below the first steered block once for all specs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,31 +10,13 @@ from torch import Tensor
 
 from steered_lm.engine.cache import EngineCache
 from steered_lm.engine.forward import Fork, Forward
+from steered_lm.engine.passes import Part, Stage
 from steered_lm.engine.rows import Scored
 from steered_lm.engine.sites import SpecSites
-from steered_lm.engine.tree import Context, Group, group_by_prefix
 from steered_lm.steering.hooks import Table
 
 # Rows of scores that are normalised at once.
 LOGIT_ROWS = 512
-
-
-class ScorePlan(NamedTuple):
-    """How much runs at once.
-
-    Attributes:
-        contexts: most contexts in a pass.
-        tokens: most tokens, rows times width, in a pass.
-        columns: most tokens in a pass and in the cache before it, rows times width.
-        places: most positions in a pass whose scores over the vocabulary are computed.
-        prefixes: whether common beginnings run on their own.
-    """
-
-    contexts: int
-    tokens: int
-    columns: int
-    places: int
-    prefixes: bool = True
 
 
 @dataclass
@@ -58,96 +40,68 @@ class _Piece(NamedTuple):
 class TreeScorer:
     """One run over contexts, their continuations, and specs."""
 
-    def __init__(
-        self, forward: Forward, sites: SpecSites, tables: dict[int, Table], plan: ScorePlan, softmax_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, forward: Forward, sites: SpecSites, tables: dict[int, Table], softmax_dtype: torch.dtype | None = None) -> None:
         """Prepare a run.
 
         Args:
             forward: runs the model.
             sites: the distinct specs of the run.
             tables: what the steering hooks apply; changed here between passes.
-            plan: how much runs at once.
             softmax_dtype: of the log-softmax; None is float32, or float64 for a float64 model.
         """
-        self._forward, self._sites, self._tables, self._plan = forward, sites, tables, plan
+        self._forward, self._sites, self._tables = forward, sites, tables
         self._dtype = softmax_dtype
         self._blocks = len(forward.blocks)
         self.cost = ScoreCost()
 
-    def run(self, contexts: Sequence[Context], done: Callable[[int, Sequence[int], list[list[Scored]]], None]) -> None:
+    def run(self, stages: Sequence[Stage], done: Callable[[int, Sequence[int], list[list[Scored]]], None]) -> None:
         """Score every continuation of every context under each of its specs.
 
         Args:
-            contexts: what to score.
+            stages: what to score, pass by pass.
             done: is told a context's number, the specs that were run on it, by their place in the context, and their results,
                 ``[spec][continuation]``.
         """
-        for late in (True, False):
-            parts = [_Part(i, context, [n for n in context.specs if self._late(context, n) is late]) for i, context in enumerate(contexts)]
-            self._run_part([part for part in parts if part.specs], late, done)
+        for stage in stages:
+            self._run_stage(stage, done)
 
-    def _late(self, context: Context, spec: int) -> bool:
-        """Return whether nothing before the context's last token is steered."""
-        return not self._sites.early[spec] and context.key.ordinary
+    def _run_stage(self, stage: Stage, done: Callable[[int, Sequence[int], list[list[Scored]]], None]) -> None:
+        shared = self._prefix(stage) if stage.beginning else None
+        for parts in stage.passes:
+            for part, results in zip(parts, self._score(stage, parts, shared), strict=True):
+                done(part.number, [part.context.specs[spec] for spec in part.specs], results)
 
-    def _run_part(self, parts: Sequence["_Part"], late: bool, done: Callable[[int, Sequence[int], list[list[Scored]]], None]) -> None:
-        ordinary = [i for i, part in enumerate(parts) if part.context.key.ordinary]
-        groups = group_by_prefix([parts[i].context.key.tokens for i in ordinary], share=self._plan.prefixes)
-        chosen = [Group(group.prefix, [ordinary[i] for i in group.contexts]) for group in groups]
-        odd = [i for i, part in enumerate(parts) if not part.context.key.ordinary]
-        for group in [*chosen, *([Group(0, odd)] if odd else [])]:
-            members = sorted((parts[i] for i in group.contexts), key=lambda part: part.width(group.prefix))
-            kinds = sorted({spec for part in members for spec in part.specs})
-            shared = self._prefix(members[0].context.key.tokens[: group.prefix], kinds, late) if group.prefix else None
-            for batch in self._batches(members, group.prefix):
-                for part, results in zip(batch, self._score(batch, group.prefix, shared, kinds, late), strict=True):
-                    done(part.number, [part.context.specs[spec] for spec in part.specs], results)
-
-    def _batches(self, members: Sequence["_Part"], prefix: int) -> Iterator[list["_Part"]]:
-        batch: list[_Part] = []
-        rows = places = 0
-        for part in reversed(members):
-            width = max((p.width(prefix) for p in (*batch, part)), default=0)
-            more_rows, more_places = rows + len(part.specs), places + len(part.specs) * part.reads
-            sizes = ((len(batch) + 1, self._plan.contexts), (more_rows * width, self._plan.tokens), (more_places, self._plan.places))
-            if batch and any(size > most for size, most in (*sizes, (more_rows * (prefix + width), self._plan.columns))):
-                yield batch
-                batch, rows, places = [], 0, 0
-            batch.append(part)
-            rows, places = rows + len(part.specs), places + len(part.specs) * part.reads
-        if batch:
-            yield batch
-
-    def _prefix(self, tokens: tuple[int, ...], kinds: Sequence[int], late: bool) -> EngineCache:
+    def _prefix(self, stage: Stage) -> EngineCache:
         """Run a common beginning: once for all specs when it is not steered, else once up to the fork and once a spec above it."""
-        device = self._forward.device
+        tokens, specs, device = stage.beginning, stage.specs, self._forward.device
         ids = torch.tensor([tokens], device=device)
         positions = torch.arange(len(tokens), device=device)[None]
         cache = EngineCache(self._blocks, len(tokens))
         self._tables.clear()
         fork = None
-        if not late:
-            numbers = torch.tensor(kinds)
-            self._tables.update(self._sites.tables(numbers, torch.full_like(numbers, len(tokens)), positions.expand(len(kinds), -1)))
-            fork = Fork(self._sites.fork, torch.zeros(len(kinds), dtype=torch.int64)) if len(kinds) > 1 else None
+        if not stage.late:
+            numbers = torch.tensor(specs)
+            self._tables.update(self._sites.tables(numbers, torch.full_like(numbers, len(tokens)), positions.expand(len(specs), -1)))
+            fork = Fork(self._sites.fork, torch.zeros(len(specs), dtype=torch.int64)) if len(specs) > 1 else None
         self._forward.last(ids, torch.ones_like(ids), positions, cache, fork)
-        self._count(1, len(kinds) if fork else 1, len(tokens), cache)
+        self._count(1, len(specs) if fork else 1, len(tokens), cache)
         return cache
 
-    def _score(self, batch: Sequence["_Part"], prefix: int, shared: EngineCache | None, kinds: Sequence[int], late: bool) -> list[list[list[Scored]]]:
+    def _score(self, stage: Stage, batch: Sequence[Part], shared: EngineCache | None) -> list[list[list[Scored]]]:
+        shape, prefix = stage.shape(batch), len(stage.beginning)
         numbers = torch.tensor([spec for part in batch for spec in part.specs])
         sequence = torch.tensor([i for i, part in enumerate(batch) for _ in part.specs])
         split = torch.tensor([part.context.key.split for part in batch])[sequence]
-        fork = Fork(self._sites.fork, sequence) if len(sequence) > len(batch) else None
+        fork = Fork(self._sites.fork, sequence) if shape.forked else None
         # With several specs and an unsteered context, the context runs once and only what follows it is fanned out.
         trunks = [part.context.key.tokens[prefix:] for part in batch]
-        head = [trunk[:-1] for trunk in trunks] if late and fork else [() for _ in trunks]
+        head = [trunk[:-1] if shape.head else () for trunk in trunks]
         first = _pieces(head, [[] for _ in trunks], [prefix] * len(batch))
         starts = [prefix + len(tokens) for tokens in head]
         tails = [trunk[len(tokens) :] for trunk, tokens in zip(trunks, head, strict=True)]
         second = _pieces(tails, [list(part.context.continuations) for part in batch], starts)
-        cache = self._begin(batch, prefix, shared, sequence, kinds, late, capacity=prefix + first.ids.shape[1] + second.ids.shape[1])
+        assert (first.ids.shape[1], second.ids.shape[1]) == (shape.head, shape.tail), "a pass is as wide as it was planned to be"
+        cache = self._begin(stage, batch, shared, shape.columns)
         seen = torch.ones(len(batch), prefix, dtype=torch.bool)
         if first.ids.shape[1]:
             self._tables.clear()
@@ -156,7 +110,7 @@ class TreeScorer:
             self._forward.last(first.ids.to(device), mask, first.positions.clamp(min=0).to(device), cache)
             self._count(len(batch), len(batch), first.ids.shape[1], cache)
             seen = torch.cat([seen, first.branches >= 0], dim=1)
-        if fork and late and cache.columns.visible:
+        if fork and stage.late and cache.columns.visible:
             cache.select(sequence, range(self._sites.fork + 1, self._blocks))
         self._tables.clear()
         self._tables.update(self._sites.tables(numbers, split, second.positions[sequence]))
@@ -167,17 +121,15 @@ class TreeScorer:
         self._count(len(batch), len(sequence), second.ids.shape[1], cache)
         return self._collect(batch, reads, logits)
 
-    def _begin(
-        self, batch: Sequence["_Part"], prefix: int, shared: EngineCache | None, sequence: Tensor, kinds: Sequence[int], late: bool, capacity: int
-    ) -> EngineCache:
+    def _begin(self, stage: Stage, batch: Sequence[Part], shared: EngineCache | None, capacity: int) -> EngineCache:
         if shared is None:
             return EngineCache(self._blocks, capacity)
         lower = torch.zeros(len(batch), dtype=torch.int64)
-        place = {kind: i for i, kind in enumerate(kinds)}
-        upper = lower if late else torch.tensor([place[spec] for part in batch for spec in part.specs])
+        place = {spec: i for i, spec in enumerate(stage.specs)}
+        upper = lower if stage.late else torch.tensor([place[spec] for part in batch for spec in part.specs])
         return shared.branched([lower if block <= self._sites.fork else upper for block in range(self._blocks)], capacity)
 
-    def _collect(self, batch: Sequence["_Part"], reads: "_Reads", logits: Float[Tensor, "places vocab"]) -> list[list[list[Scored]]]:
+    def _collect(self, batch: Sequence[Part], reads: "_Reads", logits: Float[Tensor, "places vocab"]) -> list[list[list[Scored]]]:
         device = logits.device
         places, targets, segments = reads.places.to(device), reads.targets.to(device), reads.segments.to(device)
         normaliser, best = _normaliser(logits, self._dtype)
@@ -194,23 +146,6 @@ class TreeScorer:
         self.cost.cache_bytes = max(self.cost.cache_bytes, cache.nbytes)
 
 
-class _Part(NamedTuple):
-    """A context as far as one kind of spec goes."""
-
-    number: int
-    context: Context
-    specs: list[int]
-
-    def width(self, prefix: int) -> int:
-        """Return how many tokens it puts into a pass after a common beginning of ``prefix``."""
-        return len(self.context.key.tokens) - prefix + sum(len(tokens) - 1 for tokens in self.context.continuations)
-
-    @property
-    def reads(self) -> int:
-        """At how many positions a row's scores are read."""
-        return 1 + sum(len(tokens) - 1 for tokens in self.context.continuations)
-
-
 class _Reads(NamedTuple):
     """Which scores are read: (row, column) of each place; and place, token and answer of each target."""
 
@@ -222,7 +157,7 @@ class _Reads(NamedTuple):
     answers: int
 
     @classmethod
-    def of(cls, batch: Sequence[_Part], tails: Sequence[Sequence[int]]) -> "_Reads":
+    def of(cls, batch: Sequence[Part], tails: Sequence[Sequence[int]]) -> "_Reads":
         """Return the reads of a batch, in the order: context, spec, continuation."""
         rows: list[int] = []
         columns: list[int] = []
