@@ -47,6 +47,11 @@ def fault(status: int, message: str = "no", **headers: str) -> Answer:
     return Answer({"error": {"message": message, "type": "test", "code": None}}, status, {k.replace("_", "-"): v for k, v in headers.items()})
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # with the usual five, connections that come together wait a second
+
+
 class FaultServer:
     """Answers each request with what ``script`` returns for (its number from 0, its JSON body, its headers)."""
 
@@ -67,8 +72,7 @@ class FaultServer:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self._thread.start()
         self.root = f"http://127.0.0.1:{self._server.server_port}"
