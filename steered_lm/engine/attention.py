@@ -12,9 +12,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steered_lm.engine.cache import EngineCache
 
-_step = threading.local()
-_installing = threading.Lock()
-
 
 class SharedPrompts:
     """The prompts of the rows in a batch, one copy each, and which rows read which.
@@ -133,30 +130,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, s
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else mask
-
-
-class _Attention:
-    """``sdpa`` attention that reads the prompts of its thread beside the keys that it is given, where there are any."""
-
-    def __init__(self, original: Callable[..., tuple[Tensor, None]]) -> None:
-        self._original = original
-
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        active: SharedPrompts | None = getattr(_step, "prompts", None)
-        if active is None:
-            return self._original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-        block: Any = module.layer_idx
-        return active.attend(block, query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
 
 class _Redirection:

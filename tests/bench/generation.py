@@ -42,15 +42,22 @@ class Workload:
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments, self.folder = arguments, folder
-        self.tokenizer = shapes.train_tokenizer(shapes.SHAPES[arguments.size].vocabulary)
-        self.model = shapes.random_llama(arguments.size, getattr(torch, arguments.dtype))
-        self.prompts = shapes.prompts(self.tokenizer, arguments.prompts)
-        layer = shapes.SHAPES[arguments.size].layer
+        self.subject = shapes.subject(arguments.size, getattr(torch, arguments.dtype))
+        self.model, self.tokenizer, layer = self.subject.model, self.subject.tokenizer, self.subject.layer
+        self.prompts = self.encoded(arguments.prompts)
         self.steering = shapes.random_steering(self.model, self.prompts[0], layer, arguments.candidates, arguments.positions, folder)
         self.hook = shapes.HandHook(self.model, layer, arguments.positions)
         self.steerer = Steerer(self.model)
         self.count = arguments.candidates * arguments.prompts
         self._written: dict[tuple[int, ...], dict[int, Rows]] = {}
+
+    def texts(self, count: int, *, common: bool = True) -> list[str]:
+        """Return distinct prompts."""
+        return self.subject.texts(count, common)
+
+    def encoded(self, count: int, *, common: bool = True) -> list[tuple[int, ...]]:
+        """Return their tokens."""
+        return shapes.encoded(self.tokenizer, self.texts(count, common=common))
 
     # -- designs ------------------------------------------------------------------------------------------------------------------
 
@@ -107,7 +114,7 @@ class Workload:
         return found
 
     def stock_steered(self, models: Sequence[HFLM], number: int) -> list[str]:
-        requests = self.requests(shapes.prompt_texts(len(self.prompts)))
+        requests = self.requests(self.texts(len(self.prompts)))
         return [text for model in models for text in model.generate_until(requests, disable_tqdm=True)]
 
     def engine(self, gemm: Gemm, ends: Sequence[int]) -> Design:
@@ -122,7 +129,7 @@ class Workload:
 
     def precise(self, ends: Sequence[int]) -> Rows:
         """Return what the same weights write in float32."""
-        model = shapes.random_llama(self.arguments.size, getattr(torch, self.arguments.dtype)).float()
+        model = shapes.subject(self.arguments.size, getattr(torch, self.arguments.dtype)).model.float()
         hook = shapes.HandHook(model, self.steering.layer, self.arguments.positions)
         with hook.adding(torch.stack(self.steering.vectors).float().repeat_interleave(len(self.prompts), dim=0)[:, None]):
             return continued(model, self.prompts * len(self.steering.vectors), self.arguments.tokens, ends)
@@ -136,7 +143,8 @@ class Workload:
 
     def harness(self, kind: type[HFLM], **settings: Any) -> HFLM:
         """Return a model of one of lm-eval's types."""
-        return kind(pretrained=self.model, tokenizer=self.tokenizer, add_bos_token=False, max_length=2048, **settings)
+        longest = self.model.config.max_position_embeddings
+        return kind(pretrained=self.model, tokenizer=self.tokenizer, add_bos_token=False, max_length=longest, **settings)
 
     def stock_models(self) -> list[HFLM]:
         """Return lm-eval's ``steered`` for each candidate; it reads its vector from a pickle."""
@@ -180,7 +188,7 @@ A, D, ONEDNN = "A one by one", "D engine", "D' engine, oneDNN"
 def population(work: Workload, early: bool) -> dict[str, Any]:
     """Measure the designs, print their table, and return it."""
     arguments = work.arguments
-    ends = shapes.end_tokens(arguments.size) if early else []
+    ends = work.subject.ends if early else []
     designs, missing = _designs(work, ends, others=not early)
     continued(work.model, work.prompts, 2, ends)
     runs = shapes.interleaved(designs, arguments.rounds)
@@ -283,7 +291,7 @@ def _distinct(work: Workload, clock: str, positions: str) -> dict[str, float]:
     """All rows have prompts of their own that begin differently: nothing is shared, and nothing but the specs differs."""
     arguments = work.arguments
     count = min(work.count, len(shapes.FORMS) * len(shapes.TOPICS))
-    prompts = shapes.prompts(work.tokenizer, count, common=False)
+    prompts = work.encoded(count, common=False)
     steering = shapes.random_steering(work.model, prompts[0], work.steering.layer, count, positions, work.folder, seed=1)
     rows = {
         "distinct": [GenerationRow(prompt, arguments.tokens, spec) for prompt, spec in zip(prompts, steering.specs, strict=True)],
@@ -306,7 +314,7 @@ def _distinct(work: Workload, clock: str, positions: str) -> dict[str, float]:
 
 def _weight_zero(work: Workload, clock: str) -> dict[str, float]:
     count = min(work.count, len(shapes.FORMS) * len(shapes.TOPICS))
-    prompts = shapes.prompts(work.tokenizer, count)
+    prompts = work.encoded(count)
     zero = work.steering.specs[0].with_weights({})
     work.hook.close()
     work.steerer.close()
@@ -329,7 +337,7 @@ def _weight_zero(work: Workload, clock: str) -> dict[str, float]:
 
 def _one_spec(work: Workload, clock: str) -> dict[str, float]:
     """The whole harness path, one spec for all requests."""
-    texts = shapes.prompt_texts(min(work.count, len(shapes.FORMS) * len(shapes.TOPICS)))
+    texts = work.texts(min(work.count, len(shapes.FORMS) * len(shapes.TOPICS)))
     requests = work.requests(texts)
     path = work.steering.specs[0].save(work.folder / "spec.yaml")
     models = {
@@ -370,12 +378,16 @@ FULL: list[Mapping[str, Any]] = [
     {"size": "s", "positions": "all", "dtype": "bfloat16"},
     {"size": "m", "positions": "all", "rounds": 2},
     {"size": "xs", "positions": "all", "candidates": 16},
+    {"size": shapes.TINY_CHAT, "positions": "all"},
+    {"size": shapes.TINY_CHAT, "positions": "response"},
+    {"size": shapes.TINY_CHAT, "positions": "all", "candidates": 16},
+    {"size": shapes.TINY_CHAT, "positions": "response", "candidates": 16},
 ]
 
 
 def main() -> None:
     parser = shapes.options(__doc__, "generation.json")
-    parser.add_argument("--size", choices=list(shapes.SHAPES), default="s", help="xs, s, m: about 6, 30, 100 million parameters")
+    parser.add_argument("--size", choices=[*shapes.SHAPES, shapes.TINY_CHAT], default="s", help="xs, s, m: about 6, 30, 100 million, random")
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=48)

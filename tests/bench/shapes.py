@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from steered_lm.steering.spec import SteeringSpec, VectorsRef
 from steered_lm.steering.vectors import ResidualNorm, TraitVectors, VectorsMeta, model_fingerprint
+from steered_lm.tiny_chat.evaluate import load
+from steered_lm.tiny_chat.grammar import TOPICS_HELD_OUT, TOPICS_TRAIN, user_prompt
 
 # lm-eval warns of every model object that it is handed
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -70,6 +72,8 @@ SHAPES = {
     "s": Shape(512, 8, 8, 4, 1408, 8192, 5),
     "m": Shape(768, 12, 12, 4, 2048, 16384, 8),
 }
+
+TINY_CHAT = "tiny-chat"
 
 
 def random_llama(size: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
@@ -147,7 +151,49 @@ def prompt_texts(count: int, *, common: bool = True) -> list[str]:
 
 def prompts(tokenizer: Any, count: int, *, common: bool = True) -> list[tuple[int, ...]]:
     """Return the prompts' tokens."""
-    return [tuple(tokenizer(text).input_ids) for text in prompt_texts(count, common=common)]
+    return encoded(tokenizer, prompt_texts(count, common=common))
+
+
+def encoded(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Return the tokens of texts that hold their own special tokens."""
+    return [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+
+
+def chat_texts(tokenizer: Any, count: int) -> list[str]:
+    """Return distinct questions to the tiny chat model, at most 383, in its chat template, without a system turn: steering takes its place."""
+    wordings = random.Random(0)
+    topics = [*TOPICS_HELD_OUT, *TOPICS_TRAIN][:count]
+    assert len(topics) == count, "there are not so many topics"
+    chats = [[{"role": "user", "content": user_prompt(topic, wordings, "held_out")}] for topic in topics]
+    return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+
+
+class Subject(NamedTuple):
+    """A model to measure, with what it is asked.
+
+    Attributes:
+        layer: the block whose output is steered.
+        ends: tokens at which rows end early.
+        texts: the first ``count`` of its prompts; the second argument says whether they begin alike.
+    """
+
+    model: Any
+    tokenizer: Any
+    layer: int
+    ends: list[int]
+    texts: Callable[[int, bool], list[str]]
+
+
+def subject(size: str, dtype: torch.dtype = torch.float32) -> Subject:
+    """Return a random Llama of that size, or the tiny chat model with its own tokenizer, chat template and end token."""
+    if size != TINY_CHAT:
+        tokenizer = train_tokenizer(SHAPES[size].vocabulary)
+        return Subject(random_llama(size, dtype), tokenizer, SHAPES[size].layer, end_tokens(size), lambda n, common: prompt_texts(n, common=common))
+    model, tokenizer = load()
+    ends = [model.generation_config.eos_token_id]
+    model.generation_config.eos_token_id = None
+    # block 3 of 0-5 is the one that the demo steers
+    return Subject(model.to(dtype), tokenizer, 3, ends, lambda n, common: chat_texts(tokenizer, n))
 
 
 class Steering(NamedTuple):
