@@ -15,6 +15,7 @@ from rich.table import Table
 
 import steered_lm
 from steered_lm.commands.judge import judge_app
+from steered_lm.commands.options import JudgeOptions, parse_options
 from steered_lm.content import TINY_CHAT
 from steered_lm.errors import UserError
 from steered_lm.progress import GenerationBar, StepBar
@@ -207,8 +208,9 @@ def optimize(
     unit: Annotated[str, typer.Option(help="residual or raw.")] = "residual",
     positions: Annotated[str, typer.Option(help="response, prompt or all.")] = "response",
     operation: Annotated[str, typer.Option(help="add, ablate or clamp.")] = "add",
-    judge: Annotated[str, typer.Option(help="stylometric (offline) or openai:<model>.")] = "stylometric",
+    judge: Annotated[str, typer.Option(help="stylometric (offline), openai:<model>, anthropic:<model>, hf:<model>, or a panel's YAML file.")] = "stylometric",
     judge_base_url: Annotated[str | None, typer.Option(help="openai: the endpoint, such as http://localhost:8000/v1.")] = None,
+    judge_option: JudgeOptions = [],  # noqa: B006 - typer takes a list as default and copies it
     judge_cache: Annotated[Path | None, typer.Option(help="SQLite file that keeps verdicts between runs.")] = None,
     missing_limit: Annotated[float, typer.Option(help="Stop when more than this share of verdicts is missing.")] = 0.2,
     audit: Annotated[
@@ -238,7 +240,7 @@ def optimize(
         "layers": [part.strip() for part in layers.split(",") if part.strip()],
     }
     settings |= {
-        "judge_options": {} if judge_base_url is None else {"base_url": judge_base_url},
+        "judge_options": parse_options(judge_option) | ({} if judge_base_url is None else {"base_url": judge_base_url}),
         "model": _model(model, device, dtype, batch_size, prompt_format).model_copy(
             update={"memory_budget": memory_budget, "exact": exact, "gemm": gemm.value}
         ),

@@ -200,6 +200,12 @@ def test_an_endpoint_that_fails_now_and_then_is_asked_on(server: FaultServer) ->
     assert Counter(v.missing for v in verdicts) == {None: 15, "HTTP 500": 15}
 
 
+def test_many_refused_requests_do_not_end_the_run_once_others_were_taken(server: FaultServer) -> None:
+    server.script = lambda number, *_: fault(400, "content policy") if 0 < number < 15 else SURE
+    verdicts = make(server.url, concurrency=1).judge(requests(20))
+    assert Counter(v.missing for v in verdicts) == {None: 6, "HTTP 400": 14}
+
+
 def test_an_endpoint_that_never_takes_any_form_is_left_alone(server: FaultServer) -> None:
     server.script = lambda *_: fault(400, "no such model")
     verdicts = make(server.url, concurrency=1).judge(requests(30))

@@ -179,7 +179,9 @@ class InspectJudge:
         except (UserError, PrerequisiteError) as error:
             if not last:
                 return _Tried(mode, Reading(None, "the request was refused"), "refused")
-            raise error if isinstance(error, UserError) else JudgeError(f"judge {self.name}: {error}") from error
+            if isinstance(error, UserError):
+                raise
+            raise JudgeError(f"judge {self.name}: {error}") from error
         except Exception as error:  # providers raise what their client raises; after Inspect's own retries the verdict is missing
             reason = f"the grader's call failed: {type(error).__name__}: {_redacted(str(error))}"[:300]
             return _Tried(mode, Reading(None, reason), "refused" if _is_refusal(error) else "unclear", Usage(requests=1))
@@ -187,12 +189,12 @@ class InspectJudge:
         reading = read(rubric, answer, mode)
         usage = answer.usage or Usage()
         if answer.refused:
-            return _Tried(mode, reading._replace(text=_redacted(reading.text)), "unclear", usage)
+            return _Tried(mode, reading, "unclear", usage)
         if mode == "logprobs" and (not answer.top or reading.missing == SPLIT):
             return _Tried(mode, reading, "refused", usage)
         if mode == "json" and self._options.mode == "auto" and reading.missing == UNPARSABLE:
             mode, reading = "text", read(rubric, answer, "text")  # most providers let a schema that they do not know pass unseen
-        return _Tried(mode, reading._replace(text=_redacted(reading.text)), "answered", usage)
+        return _Tried(mode, reading, "answered", usage)
 
     def _model(self) -> Model:
         if self._options.model is None:
@@ -246,7 +248,7 @@ def _answer(output: ModelOutput) -> Answer:
     cut = "length" if choice.stop_reason in ("max_tokens", "model_length") else None
     content = choice.message.content
     declined = not isinstance(content, str) and any(isinstance(part, ContentText) and part.refusal for part in content)
-    return Answer(output.completion, top, declined or choice.stop_reason == "content_filter", cut, usage)
+    return Answer(_redacted(output.completion), top, declined or choice.stop_reason == "content_filter", cut, usage)
 
 
 def _is_refusal(error: Exception) -> bool:
