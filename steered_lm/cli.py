@@ -208,7 +208,9 @@ def optimize(
     unit: Annotated[str, typer.Option(help="residual or raw.")] = "residual",
     positions: Annotated[str, typer.Option(help="response, prompt or all.")] = "response",
     operation: Annotated[str, typer.Option(help="add, ablate or clamp.")] = "add",
-    judge: Annotated[str, typer.Option(help="stylometric (offline), openai:<model>, anthropic:<model>, hf:<model>, or a panel's YAML file.")] = "stylometric",
+    judge: Annotated[
+        str, typer.Option(help="stylometric (offline), openai:<model>, anthropic:<model>, hf:<model>, or a panel's YAML file.")
+    ] = "stylometric",
     judge_base_url: Annotated[str | None, typer.Option(help="openai: the endpoint, such as http://localhost:8000/v1.")] = None,
     judge_option: JudgeOptions = [],  # noqa: B006 - typer takes a list as default and copies it
     judge_cache: Annotated[Path | None, typer.Option(help="SQLite file that keeps verdicts between runs.")] = None,

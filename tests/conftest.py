@@ -11,7 +11,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from environments import REPOSITORY, install_into, make_environment, run
 
-
 # files that share a clean environment, so that one worker builds it once
 INSTALLED = {"test_autoload", "test_packaging", "test_stock_commands"}
 

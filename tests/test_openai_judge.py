@@ -332,6 +332,10 @@ def test_the_identity_follows_what_can_change_a_verdict_and_nothing_else(server:
     assert make(server, base_url=f"{server.url}/").identity == judges[0].identity
 
 
+def test_a_cache_is_told_what_the_verdicts_are_about(server: FaultServer) -> None:
+    assert make(server).facts == {"model": "judge-1", "rubric": "persona_fit", "rubric_version": str(FIT.rubric.version), "about": "keeper"}
+
+
 def test_a_rubric_that_leaves_a_level_out_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "rubric.yaml"
     levels = "levels: {1: a, 2: b, 3: c, 5: e}"

@@ -28,7 +28,9 @@ _SECONDS = {"m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 def stats(file: CacheFile) -> None:
     """Show what is kept by judge and rubric, and what it cost once."""
     groups = JudgeCache.existing(file).stats()
-    console.print(_table(groups, f"{file}: {sum(group.verdicts for group in groups):,} verdicts, {_size(file):,} bytes"))
+    kept = sum(group.verdicts for group in groups)
+    console.print(f"{file}: {kept:,} verdicts, {_size(file):,} bytes", soft_wrap=True, markup=False)
+    console.print(_table(groups))
 
 
 @cache_app.command("prune")
@@ -67,8 +69,8 @@ def export(file: CacheFile, out: Annotated[Path | None, typer.Option(help="A JSO
     console.print(f"wrote {text.count(chr(10)):,} verdicts to {out}", soft_wrap=True, markup=False)
 
 
-def _table(groups: list[CacheGroup], title: str) -> Table:
-    table = Table(title=escape(title))
+def _table(groups: list[CacheGroup]) -> Table:
+    table = Table()
     for column in ("judge", "rubric", "about"):
         table.add_column(column, overflow="fold")
     for column in ("verdicts", "first, last", "tokens in, out", "dollars"):

@@ -94,7 +94,7 @@ def rejudge(
     assert kept is not None
     judged = [_Judged(j, _ask(j, requests, kept)) for j in judges]
     lines = (_line(question, sample, j, v) for j, verdicts in judged for sample, v in zip(samples, verdicts, strict=True))
-    write_atomic(out, "".join(lines).encode("utf-8", "replace"))  # models write half characters where they are cut off
+    write_atomic(out, "".join(lines))
     _show(question, samples, judged)
     console.print(f"wrote {len(samples) * len(judged):,} verdicts to {out}; kept in {kept}", soft_wrap=True, markup=False)
     for _, verdicts in judged:

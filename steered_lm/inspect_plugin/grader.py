@@ -90,6 +90,11 @@ class InspectJudge:
         return f"grader:{self._model()}" if GRADER in model_roles() else GRADER
 
     @property
+    def facts(self) -> dict[str, str]:
+        """What a cache notes beside the verdicts, for people."""
+        return {"model": self.name.partition(":")[2], **self._question.facts}
+
+    @property
     def identity(self) -> str:
         """SHA-256 of question, model, endpoint, generation settings and the mode asked for.
 

@@ -69,7 +69,7 @@ class Reading(NamedTuple):
             score=self.score,
             missing=self.missing,
             scale=rubric.bounds,
-            explanation=_clean(self.text)[:_SHOWN],
+            explanation=self.text[:_SHOWN],
             judge=judge,
             mode=mode,
             mass=self.mass,
@@ -203,8 +203,3 @@ def _once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     if len(found) < len(pairs):
         raise ValueError("a name is there twice")
     return found
-
-
-def _clean(text: str) -> str:
-    """Return text that can be stored: JSON escapes may give halves of characters, which no file and no database takes."""
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from pydantic import ValidationError
-from pydantic_core import PydanticSerializationError
 
 from steered_lm.config import Config
 from steered_lm.errors import JudgeError
@@ -254,11 +253,8 @@ class CacheSession:
 
 
 def _stored(verdict: Verdict) -> str:
-    chosen: dict[str, Any] = {"exclude": {"cached"}, "exclude_none": True}  # defaults stay in: theirs may change, a verdict may not
-    try:
-        return verdict.model_dump_json(**chosen)
-    except PydanticSerializationError:  # half a character, where a model's answer was cut inside an emoji
-        return json.dumps(verdict.model_dump(**chosen), ensure_ascii=False).encode("utf-8", "replace").decode()
+    # defaults stay in: theirs may change, a verdict may not
+    return verdict.model_dump_json(exclude={"cached"}, exclude_none=True)
 
 
 class CachedJudge:

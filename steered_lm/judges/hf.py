@@ -90,6 +90,11 @@ class HFJudge:
         """``hf:<model>``."""
         return f"hf:{self._options.model}"
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a cache notes beside the verdicts, for people."""
+        return {"model": self._options.model, **self._question.facts}
+
     @cached_property
     def identity(self) -> str:
         """SHA-256 of question, model (its name, a sample of its weights, its precision), and how it is asked."""

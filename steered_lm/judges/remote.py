@@ -7,9 +7,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -23,6 +21,7 @@ from steered_lm.judges.base import EMPTY, JudgeRequest, Mode, OnVerdict, Usage, 
 from steered_lm.judges.budget import Budget, Tokens
 from steered_lm.judges.endpoint import Endpoint
 from steered_lm.judges.limits import retry_after, until_refilled
+from steered_lm.judges.loop import run
 from steered_lm.judges.question import Question
 
 VERSION = 1
@@ -40,7 +39,6 @@ _FATAL = {
 _REFUSED = (400, 422)
 _FAILURES_IN_A_ROW = 8
 _ANSWER_TOKENS: Mapping[Mode, int] = {"logprobs": 1, "json": 60, "text": 60}  # for estimates: a score, or a sentence and a score
-_GLANCE = 0.1  # seconds between looks at whether the caller was cancelled
 _SHOWN = 500  # characters of a text from outside that are kept
 
 
@@ -86,6 +84,11 @@ class RemoteJudge:
         return self._identity
 
     @property
+    def facts(self) -> dict[str, str]:
+        """What a cache notes beside the verdicts, for people."""
+        return {"model": self._endpoint.model, **self._question.facts}
+
+    @property
     def usage(self) -> Usage:
         """What all batches so far took: attempts, and the tokens that the endpoint counted."""
         return self._budget.spent
@@ -114,7 +117,7 @@ class RemoteJudge:
         if not requests:
             return []
         batch = _Batch(self, requests, on_verdict)
-        return _run(batch.ask_all)
+        return run(batch.ask_all)
 
     def __repr__(self) -> str:
         """Show model and endpoint, never a key."""
@@ -123,38 +126,6 @@ class RemoteJudge:
 
 def _empty(request: JudgeRequest) -> bool:
     return not request.response.strip() or (request.other is not None and not request.other.strip())
-
-
-def _run(start: Callable[[], Coroutine[Any, Any, list[Verdict]]]) -> list[Verdict]:
-    """Run a coroutine to its end, in a thread of its own when this one already runs an event loop (Inspect, notebooks)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(start())
-    caller = asyncio.current_task()
-    before = caller.cancelling() if caller else 0
-    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
-
-    async def main() -> list[Verdict]:
-        task = asyncio.current_task()
-        assert task is not None
-        started.set_result((asyncio.get_running_loop(), task))
-        return await start()
-
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        running = pool.submit(lambda: asyncio.run(main()))
-        try:
-            while not wait([running], timeout=_GLANCE).done:
-                if caller and caller.cancelling() > before:  # all that Ctrl-C does to a task whose thread sits here
-                    raise asyncio.CancelledError
-            return running.result()
-        except BaseException:
-            # the interruption came to this thread, and the other one would go on
-            if not running.done():
-                with suppress(RuntimeError):  # it has ended since, and its loop is closed
-                    loop, task = started.result()
-                    loop.call_soon_threadsafe(task.cancel)
-            raise
 
 
 @dataclass

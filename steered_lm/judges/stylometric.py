@@ -154,6 +154,11 @@ class StylometricJudge:
         return "stylometric"
 
     @property
+    def facts(self) -> dict[str, str]:
+        """What a cache notes beside the verdicts, for people."""
+        return {"about": self._persona}
+
+    @property
     def identity(self) -> str:
         """Hash over the personas' digests, the parameters, the marker words and the library versions."""
         return self._identity
