@@ -1,7 +1,8 @@
 """Answers of language models read as scores or as missing.
 
 ``recorded/`` holds chat completions in the form that OpenAI documents, written by hand so that every rule has a case; the probabilities are
-theirs (``logprob`` is the natural logarithm), and the expected values here were worked out from them on paper.
+theirs (``logprob`` is the natural logarithm), and the expected values here were worked out from them on paper. ``llama_cpp.json`` is what a real
+server of llama.cpp answered.
 """
 
 import json
@@ -39,6 +40,16 @@ def logs(**probabilities: float) -> list[tuple[str, float | None]]:
 
 
 # Expected values over the recorded probabilities ------------------------------------------------------------------------------------------------
+
+
+def test_a_real_servers_answer_is_read_as_the_expected_value_of_its_score_tokens():
+    answer = recorded("llama_cpp")
+    assert (answer.text, answer.cut, len(answer.top)) == ("4", "length", 20)
+    reading = read(FIT, answer, "logprobs")
+    # exp(-0.36415392) = 0.694784 on 4, exp(-3.39175415) = 0.033650 on 5, and no other digit among the twenty
+    assert reading.mass == pytest.approx(0.728434, abs=1e-6)
+    assert reading.score == pytest.approx((4 * 0.694784 + 5 * 0.033650) / 0.728434, abs=1e-5)
+    assert reading.score == pytest.approx(4.046194, abs=1e-5)
 
 
 def test_a_score_of_0_to_100_is_the_expected_value_over_the_number_tokens():

@@ -15,10 +15,11 @@ from steered_lm.cli import app
 from steered_lm.errors import JudgeError, UserError
 from steered_lm.judges.base import PREFERENCE, JudgeRequest, Verdict
 from steered_lm.judges.question import Question
-from steered_lm.judges.ratings import PEOPLE, Answer, Rated, item_names, judge_values, read_ratings, summarise
+from steered_lm.judges.ratings import Answer, Rated, read_ratings
 from steered_lm.judges.rubric import KINDS, Rubric
 from steered_lm.judges.samples import SavedSample
 from steered_lm.judges.sheets import Asked, Sample, SheetKey, make_sheets, pair_samples, people_instructions, requests_of, sheet_page, write_sheets
+from steered_lm.judges.tally import PEOPLE, item_names, judge_values, summarise
 from steered_lm.persona.load import load_persona
 
 ARMS = ("zebra", "quokka", "narwhal")  # names that no text holds by chance

@@ -28,8 +28,8 @@ from steered_lm.judges.samples import SavedSample, read_samples, sample_format
 from steered_lm.judges.verdicts import read_verdicts
 
 if TYPE_CHECKING:
-    from steered_lm.judges.ratings import RatingsReport
     from steered_lm.judges.sheets import Asked, SheetKey
+    from steered_lm.judges.tally import RatingsReport
 
 console = Console(emoji=False)
 
@@ -88,8 +88,9 @@ def ratings(
     json_file: JsonFile = None,
 ) -> None:
     """Read people's ratings, unblind them, and show what they prefer, how steady they are, and how far they agree with each other and with judges."""
-    from steered_lm.judges.ratings import judge_values, read_ratings, summarise
+    from steered_lm.judges.ratings import read_ratings
     from steered_lm.judges.sheets import SheetKey, requests_of
+    from steered_lm.judges.tally import judge_values, summarise
 
     known = SheetKey.load(key)
     read = [read_ratings(path, known) for path in rated]
