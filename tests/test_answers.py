@@ -32,7 +32,8 @@ def recorded(name: str) -> Answer:
     top = None if probabilities is None else [(one["token"], one["logprob"]) for one in probabilities["content"][0]["top_logprobs"]]
     usage = Usage(requests=1, input_tokens=data["usage"]["prompt_tokens"], output_tokens=data["usage"]["completion_tokens"])
     cut = choice["finish_reason"] if choice["finish_reason"] != "stop" else None
-    return Answer(message["content"] or message["refusal"] or "", top, message["refusal"] is not None, cut, usage)
+    refusal = message.get("refusal")  # llama.cpp has no such field
+    return Answer(message["content"] or refusal or "", top, refusal is not None, cut, usage)
 
 
 def logs(**probabilities: float) -> list[tuple[str, float | None]]:
