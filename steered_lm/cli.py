@@ -139,7 +139,8 @@ def vectors_show(path: Annotated[Path, typer.Argument(help="A trait-vectors file
     meta = vectors.meta
     console.print(
         f"{path}: {meta.method}, {meta.pooling}, model {meta.model_id} ({meta.n_layers} blocks, d_model {meta.d_model}), "
-        f"steered-lm {meta.library_version}"
+        f"steered-lm {meta.library_version}",
+        soft_wrap=True,
     )
     console.print(_vectors_table(vectors))
 

@@ -8,6 +8,8 @@ import pytest
 
 # Before torch is loaded anywhere: two processes with two threads each on two cores wait for one another most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# as wide as tables want to be: where cells wrap depends on the length of temporary folders' names
+os.environ["COLUMNS"] = "200"
 
 from environments import REPOSITORY, install_into, make_environment, run
 
