@@ -3,8 +3,29 @@
 from inspect_ai.model import ModelAPI, modelapi
 
 from steered_lm.inspect_plugin.tasks import persona_judge
+from steered_lm.inspect_plugin.traits import (
+    pv_apathetic,
+    pv_evil,
+    pv_hallucinating,
+    pv_humorous,
+    pv_impolite,
+    pv_optimistic,
+    pv_sycophantic,
+    pv_trait,
+)
 
-__all__ = ["persona_judge", "steered_hf"]
+__all__ = [
+    "persona_judge",
+    "pv_apathetic",
+    "pv_evil",
+    "pv_hallucinating",
+    "pv_humorous",
+    "pv_impolite",
+    "pv_optimistic",
+    "pv_sycophantic",
+    "pv_trait",
+    "steered_hf",
+]
 
 
 @modelapi(name="steered-hf")

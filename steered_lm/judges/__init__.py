@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,15 +99,15 @@ def _load_backend(name: str, backend: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def check_missing(verdicts: Sequence["Verdict"], limit: float = 0.2) -> None:
-    """Stop when too many verdicts are missing for the others to stand for all.
+def check_missing(verdicts: Sequence["Verdict"], limit: float = 0.2, *, findings: Collection[str] = ()) -> None:
+    """Stop when too many verdicts are missing for the others to stand for all; ``findings`` are reasons that are no fault, such as refusals.
 
     Raises:
         JudgeError: when the missing share exceeds ``limit``; the message counts them and gives the commonest reasons.
     """
     if not 0 <= limit <= 1:
         raise JudgeError(f"missing limit={limit!r} is not a share. Allowed: 0 (none may be missing) to 1.")
-    reasons: Mapping[str, int] = Counter(v.missing for v in verdicts if v.missing is not None)
+    reasons: Mapping[str, int] = Counter(v.missing for v in verdicts if v.missing is not None and v.missing not in findings)
     missing = sum(reasons.values())
     if missing and missing / len(verdicts) > limit:
         common = "; ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(3))
