@@ -19,7 +19,7 @@ from steered_lm.inspect_plugin.tasks import _asker, _MissingGate, total
 from steered_lm.judges.base import REFUSAL, JudgeRequest, Verdict
 from steered_lm.judges.question import Question
 from steered_lm.judges.trait_run import COUNTS, MEANS, JudgedResponse, TraitQuestion, TraitRun, judge_options, response_values
-from steered_lm.judges.traits import TraitError, judge_needed
+from steered_lm.judges.traits import TraitError, judge_needed, load_trait
 
 VERSION = 1
 
@@ -167,7 +167,7 @@ def trait_expression(run: dict[str, Any], options: dict[str, Any]) -> Scorer:
     """
     with plain_refusals():
         given = TraitRun.parse(run, source="-T", error=TraitError)
-        trait = given.load()
+        trait = load_trait(given.trait, given.folder)
         replies = len(given.items(trait)) * given.samples
         if given.judge is None and GRADER not in model_roles():
             raise judge_needed(f"pv_{trait.name}")
