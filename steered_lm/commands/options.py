@@ -51,8 +51,8 @@ def make_question(kind: str, *, persona: str | None, trait: str | None, descript
     return Question.of_persona(load_persona(persona), chosen.kind, rubric=own)
 
 
-def parse_options(given: Sequence[str]) -> dict[str, Any]:
-    """Return ``name=value`` pairs with values read as YAML scalars.
+def parse_options(given: Sequence[str], flag: str = "--judge-option") -> dict[str, Any]:
+    """Return ``name=value`` pairs with values read as YAML scalars; ``flag`` is what they were given by.
 
     Raises:
         JudgeError: when one is no pair; its value is not shown, as it may be a key.
@@ -60,7 +60,7 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
     pairs = [text.partition("=") for text in given]
     for name, sign, _ in pairs:
         if not sign or not name.strip().isidentifier():
-            raise JudgeError("--judge-option is not name=value. Write for example --judge-option base_url=http://localhost:8000/v1.")
+            raise JudgeError(f"{flag} is not name=value. Write for example {flag} base_url=http://localhost:8000/v1.")
     return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
 
 
