@@ -17,11 +17,9 @@ SUBJECTS = "bread kite river tax violin garden moth bridge soap ladder frost ope
 
 
 def questions(first=0, number=40):
-    words = SUBJECTS.split()
-    return [
-        f"{words[n % 16]} and {words[(n * 5 + n // 16 + 1) % 16]} number {n}: what of {words[(n * 7 + 3) % 16]}?"
-        for n in range(first, first + number)
-    ]
+    """Questions that are all different: those of traits of ours."""
+    found = [q for trait in map(load_trait, ("evil", "impolite", "optimistic")) for q in (*trait.extract.questions, *trait.evaluate.questions)]
+    return found[first : first + number]
 
 
 def pairs(number=5):
