@@ -1,4 +1,4 @@
-"""The command line: ``steered-lm vectors | persona | judge | optimize | eval | demo | report``."""
+"""The command line: ``steered-lm vectors | persona | traits | judge | optimize | eval | demo | report``."""
 
 import json
 import logging

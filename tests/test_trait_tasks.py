@@ -22,8 +22,9 @@ from steered_lm.harness.chat_task import load_tasks
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.inspect_plugin.refusal import RefusalError
 from steered_lm.judges.base import REFUSAL
-from steered_lm.judges.trait_run import COUNTS, MEANS
+from steered_lm.judges.trait_run import COUNTS, MEANS, question_values, response_values
 from steered_lm.judges.traits import TRAITS, TraitError, load_trait
+from steered_lm.search.protocol import Candidate
 from steered_lm.steering.spec import SteeringSpec, VectorsRef
 
 # both inside inspect_ai: it passes an argument that tenacity deprecated, and leaves its own streams to the garbage collector
@@ -165,6 +166,20 @@ def test_in_inspect_samples_are_epochs_and_a_question_counts_once(judge, inspect
     hoped, found = expected(list(texts.values())), inspect_metrics(log)
     assert found["trait_score"] == pytest.approx({"question_mean": hoped["mean"], "question_stderr": hoped["stderr"]})
     assert (found["refusals"]["total"], found["missing"]["total"]) == (hoped["refusals"], hoped["missing"])
+
+
+def test_several_candidates_are_judged_in_one_evaluation_as_each_by_itself(folder, spec, lm, judge):
+    steered, _, _ = run(lm, "pv_apathetic", **judge.options)
+    plain, _, _ = run(SteeredHFLM(str(folder), device="cpu", batch_size=32), "pv_apathetic", **judge.options)
+    (task,) = load_tasks(["pv_apathetic"], {"max_gen_toks": 8, **judge.options})
+    task.candidates = (Candidate(name="steered", spec=SteeringSpec.load(spec)), Candidate(name="plain", spec=None))
+    lm_eval.evaluate(lm, {"tasks": {"pv_apathetic": task}}, bootstrap_iters=0, log_samples=False)
+    for number, alone in enumerate((steered, plain)):
+        judged = [own for instance, own in zip(task.instances, task.judged, strict=True) if instance.idx == number]
+        values = [question_values([response_values(one.record()) for one in own])["trait_score"] for own in judged]
+        assert len(values) == 20
+        assert fmean(value for value in values if not math.isnan(value)) == pytest.approx(alone["trait_score,none"])
+    assert steered["trait_score,none"] != plain["trait_score,none"]
 
 
 def test_a_file_of_ones_own_brings_questions_and_its_own_prompt(lm, folder, judge, inspect_run, tmp_path):
