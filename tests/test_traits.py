@@ -86,6 +86,10 @@ def test_a_file_by_itself_is_for_evaluation(tmp_path):
     assert (loaded.name, loaded.extract, loaded.items().questions) == ("pirate", None, ("Ahoy?",))
 
 
+def test_a_question_that_is_asked_twice_is_remarked(tmp_path):
+    assert load_trait(write(tmp_path / "pirate.json", content("Ahoy?", "Rum?", "ahoy"))).remarks[1:] == ("evaluation: asked twice: 'ahoy'",)
+
+
 def test_files_for_extraction_alone_cannot_be_evaluated(tmp_path):
     loaded = load_trait(write(tmp_path / "extract" / "pirate.json", content()))
     with pytest.raises(TraitError, match="questions of extraction alone"):
@@ -109,7 +113,6 @@ def test_a_question_of_both_files_is_refused_and_one_that_is_nearly_so_is_remark
         ({"instruction": [], "questions": []}, "lacks 'eval_prompt'"),
         (content() | {"questions": []}, "questions: Tuple should have at least 1 item"),
         (content("Ahoy?", "  "), "questions.1: String should have at least 1 character"),
-        (content("Ahoy?", "ahoy"), "'ahoy' is asked twice"),
         (content() | {"instruction": [{"pos": "Be."}]}, "instruction.0.neg: Field required"),
         (content(prompt="Rate {question}"), "it must have the place {answer}"),
         (content(prompt="Rate {answer} of {who}"), "may have {question} and no other"),

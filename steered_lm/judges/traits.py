@@ -62,14 +62,6 @@ class TraitFile(Config):
     eval_prompt: Line
     description: Line | None = None
 
-    @field_validator("questions")
-    @classmethod
-    def _all_different(cls, questions: tuple[str, ...]) -> tuple[str, ...]:
-        twice = [b for a, b in combinations(questions, 2) if _plain(a) == _plain(b)]
-        if twice:
-            raise ValueError(f"{twice[0]!r} is asked twice")
-        return questions
-
     @field_validator("eval_prompt")
     @classmethod
     def _has_places(cls, prompt: str) -> str:
@@ -110,12 +102,14 @@ class Trait(Config):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What is unlike the published files but allowed: other counts, questions that are nearly the same in both files."""
+        """What is unlike the published files but allowed: other counts, questions that are asked twice, or nearly the same in both files."""
         found = []
         for use, file in (("extraction", self.extract), ("evaluation", self.evaluate)):
             if file is not None and (len(file.instruction), len(file.questions)) != (PAIRS, QUESTIONS):
                 pairs, questions = len(file.instruction), len(file.questions)
                 found.append(f"{use}: {pairs} instruction pairs and {questions} questions, where published files have {PAIRS} and {QUESTIONS}")
+            twice = [] if file is None else [b for a, b in combinations(file.questions, 2) if _plain(a) == _plain(b)]
+            found += [f"{use}: asked twice: {question!r}" for question in twice]
         return (*found, *(f"nearly the same in extraction and evaluation: {a!r} and {b!r}" for a, b in self._across() if alike(a, b)))
 
     @property
