@@ -2,9 +2,10 @@
 
 from inspect_ai.model import ModelAPI, modelapi
 
+from steered_lm.inspect_plugin.lamp import lamp_1, lamp_2, lamp_3, lamp_4, lamp_5, lamp_6, lamp_7
 from steered_lm.inspect_plugin.tasks import persona_judge
 
-__all__ = ["persona_judge", "steered_hf"]
+__all__ = ["lamp_1", "lamp_2", "lamp_3", "lamp_4", "lamp_5", "lamp_6", "lamp_7", "persona_judge", "steered_hf"]
 
 
 @modelapi(name="steered-hf")

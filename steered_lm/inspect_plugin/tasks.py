@@ -148,9 +148,9 @@ def _judge_options(given: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("judge_"): value for name, value in given.items()}
 
 
-def _asker(persona: Persona, judge: str, cache: str | None, options: dict[str, Any]) -> Callable[[JudgeRequest], Awaitable[Verdict]]:
+def _asker(subject: Persona | Question, judge: str, cache: str | None, options: dict[str, Any]) -> Callable[[JudgeRequest], Awaitable[Verdict]]:
     """Return what asks a judge without holding up the evaluation."""
-    made = make_judge(judge, persona, cache=cache, **options)
+    made = make_judge(judge, subject, cache=cache, **options)
     # a model of Inspect's is asked sample by sample, so that each one's log and limits count its own calls
     if isinstance(made, InspectJudge):
         return made.grade
