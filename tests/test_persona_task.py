@@ -156,7 +156,7 @@ def test_a_named_persona_and_judge_need_nothing_but_names(lm):
 
 def test_our_tasks_are_listed_under_one_tag():
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    assert set(manager.all_subtasks) == {"persona_judge", "tiny_knowledge", "tiny_truth"}
+    assert set(manager.all_subtasks) == {"persona_judge", "tiny_knowledge", "tiny_truth", *(f"lamp_{n}" for n in range(1, 8))}
     assert manager.all_tags == ["steered_lm"]
 
 

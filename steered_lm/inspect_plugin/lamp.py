@@ -41,44 +41,92 @@ def _make_task(name: str, options: dict[str, Any], judging: Sequence[Any] = ()) 
     )
 
 
-def _options(data: str | None, split: str, retrieval: str, k: int, seed: int, max_tokens: int | None) -> dict[str, Any]:
-    return {"data": data, "split": split, "retrieval": retrieval, "k": k, "seed": seed, "max_gen_toks": max_tokens}
+def _options(data: str | None, split: str, retrieval: str, k: int, seed: int, item_words: int | None, max_tokens: int | None) -> dict[str, Any]:
+    return {"data": data, "split": split, "retrieval": retrieval, "k": k, "seed": seed, "item_words": item_words, "max_gen_toks": max_tokens}
 
 
 @task
-def lamp_1(data: str | None = None, split: str = "dev", retrieval: str = "bm25", k: int = 4, seed: int = 0, max_tokens: int | None = None) -> Task:
+def lamp_1(
+    data: str | None = None,
+    split: str = "dev",
+    retrieval: str = "bm25",
+    k: int = 4,
+    seed: int = 0,
+    item_words: int | None = None,
+    max_tokens: int | None = None,
+) -> Task:
     """Which of two papers an author cites (LaMP_1); ``data`` is the folder with the files, by default ``STEERED_LM_DATA``."""
-    return _make_task("lamp_1", _options(data, split, retrieval, k, seed, max_tokens))
+    return _make_task("lamp_1", _options(data, split, retrieval, k, seed, item_words, max_tokens))
 
 
 @task
-def lamp_2(data: str | None = None, split: str = "dev", retrieval: str = "bm25", k: int = 4, seed: int = 0, max_tokens: int | None = None) -> Task:
+def lamp_2(
+    data: str | None = None,
+    split: str = "dev",
+    retrieval: str = "bm25",
+    k: int = 4,
+    seed: int = 0,
+    item_words: int | None = None,
+    max_tokens: int | None = None,
+) -> Task:
     """A movie's tag (LaMP_2); ``data`` is the folder with the files, by default ``STEERED_LM_DATA``."""
-    return _make_task("lamp_2", _options(data, split, retrieval, k, seed, max_tokens))
+    return _make_task("lamp_2", _options(data, split, retrieval, k, seed, item_words, max_tokens))
 
 
 @task
-def lamp_3(data: str | None = None, split: str = "dev", retrieval: str = "bm25", k: int = 4, seed: int = 0, max_tokens: int | None = None) -> Task:
+def lamp_3(
+    data: str | None = None,
+    split: str = "dev",
+    retrieval: str = "bm25",
+    k: int = 4,
+    seed: int = 0,
+    item_words: int | None = None,
+    max_tokens: int | None = None,
+) -> Task:
     """A review's rating (LaMP_3); ``data`` is the folder with the files, by default ``STEERED_LM_DATA``."""
-    return _make_task("lamp_3", _options(data, split, retrieval, k, seed, max_tokens))
+    return _make_task("lamp_3", _options(data, split, retrieval, k, seed, item_words, max_tokens))
 
 
 @task
-def lamp_4(data: str | None = None, split: str = "dev", retrieval: str = "bm25", k: int = 4, seed: int = 0, max_tokens: int | None = None) -> Task:
+def lamp_4(
+    data: str | None = None,
+    split: str = "dev",
+    retrieval: str = "bm25",
+    k: int = 4,
+    seed: int = 0,
+    item_words: int | None = None,
+    max_tokens: int | None = None,
+) -> Task:
     """A headline (LaMP_4); ``data`` is the folder with the files, by default ``STEERED_LM_DATA``."""
-    return _make_task("lamp_4", _options(data, split, retrieval, k, seed, max_tokens))
+    return _make_task("lamp_4", _options(data, split, retrieval, k, seed, item_words, max_tokens))
 
 
 @task
-def lamp_5(data: str | None = None, split: str = "dev", retrieval: str = "bm25", k: int = 4, seed: int = 0, max_tokens: int | None = None) -> Task:
+def lamp_5(
+    data: str | None = None,
+    split: str = "dev",
+    retrieval: str = "bm25",
+    k: int = 4,
+    seed: int = 0,
+    item_words: int | None = None,
+    max_tokens: int | None = None,
+) -> Task:
     """A paper's title (LaMP_5); ``data`` is the folder with the files, by default ``STEERED_LM_DATA``."""
-    return _make_task("lamp_5", _options(data, split, retrieval, k, seed, max_tokens))
+    return _make_task("lamp_5", _options(data, split, retrieval, k, seed, item_words, max_tokens))
 
 
 @task
-def lamp_6(data: str | None = None, split: str = "dev", retrieval: str = "bm25", k: int = 4, seed: int = 0, max_tokens: int | None = None) -> Task:
+def lamp_6(
+    data: str | None = None,
+    split: str = "dev",
+    retrieval: str = "bm25",
+    k: int = 4,
+    seed: int = 0,
+    item_words: int | None = None,
+    max_tokens: int | None = None,
+) -> Task:
     """An email's subject (LaMP_6, whose data needs a licence); ``data`` is the folder with the files, by default ``STEERED_LM_DATA``."""
-    return _make_task("lamp_6", _options(data, split, retrieval, k, seed, max_tokens))
+    return _make_task("lamp_6", _options(data, split, retrieval, k, seed, item_words, max_tokens))
 
 
 @task
@@ -88,6 +136,7 @@ def lamp_7(
     retrieval: str = "bm25",
     k: int = 4,
     seed: int = 0,
+    item_words: int | None = None,
     max_tokens: int | None = None,
     judge: str | None = None,
     cache: str | None = None,
@@ -102,6 +151,7 @@ def lamp_7(
         retrieval: ``bm25``, ``recency``, ``random`` or ``none``.
         k: how many of the author's tweets go into the prompt.
         seed: of ``random``.
+        item_words: how many words of each of them are shown; by default all.
         max_tokens: length limit of an answer.
         judge: ``openai:<model>``, ``hf:<model>``, …; a model role ``grader`` takes its place. Without either nobody is asked.
         cache: a SQLite file that keeps the judge's verdicts between runs.
@@ -109,7 +159,9 @@ def lamp_7(
         judge_options: ``judge_<option>`` for further options of the judge. Keys come from the environment.
     """
     judged = judge is not None or GRADER in model_roles()
-    return _make_task("lamp_7", _options(data, split, retrieval, k, seed, max_tokens), (judge, cache, missing_limit, judge_options) if judged else ())
+    return _make_task(
+        "lamp_7", _options(data, split, retrieval, k, seed, item_words, max_tokens), (judge, cache, missing_limit, judge_options) if judged else ()
+    )
 
 
 @metric(scores="unreduced")

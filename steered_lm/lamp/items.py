@@ -25,6 +25,7 @@ class LampOptions(Config):
         retrieval: ``bm25``, ``recency``, ``random`` or ``none``.
         k: how many items of a profile go into the prompt.
         seed: of ``random``.
+        item_words: how many words of each of these items are shown, for models of short context; by default all.
         max_gen_toks: longest answer, in tokens; by default 16 for LaMP_1 to LaMP_3, and 64 for the others.
     """
 
@@ -33,6 +34,7 @@ class LampOptions(Config):
     retrieval: Retrieval = "bm25"
     k: int = Field(default=4, ge=1)
     seed: int = 0
+    item_words: int | None = Field(default=None, ge=1)
     max_gen_toks: int | None = Field(default=None, ge=1)
 
     def answer_length(self, task: LampTask) -> int:
@@ -77,7 +79,9 @@ def make_items(task: LampTask, options: LampOptions | None = None) -> list[LampI
     for row in read_rows(task, chosen.data, chosen.split):
         found = retrieve(task, row, chosen.retrieval, chosen.k, seed=chosen.seed)
         ids = tuple(str(item["id"]) for item in found)
-        made.append(LampItem(row.id, task.prompt(row.input, found), row.output, row.input, ids, author_lines(task, row)))
+        made.append(
+            LampItem(row.id, task.prompt(row.input, found, item_words=chosen.item_words), row.output, row.input, ids, author_lines(task, row))
+        )
     return made
 
 

@@ -39,10 +39,19 @@ class LampTask:
     labels: tuple[str, ...] = ()
 
     @property
+    def shown(self) -> tuple[str, ...]:
+        """The fields of a profile's item that the prompt shows."""
+        return tuple(re.findall(r"{(\w+)}", self.pattern))
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """The fields that every item of a profile must have."""
-        shown = re.findall(r"{(\w+)}", self.pattern)
-        return tuple(dict.fromkeys((*self.searched, *shown)))
+        return tuple(dict.fromkeys((*self.searched, *self.shown)))
+
+    @property
+    def long_field(self) -> str:
+        """The field that is shortened where a prompt must be: the text, description or abstract; the title where it is all that is shown."""
+        return self.searched[-1] if self.searched[-1] in self.shown else self.shown[0]
 
     def search_text(self, item: Mapping[str, Any]) -> str:
         """Return what retrieval reads of a profile's item."""
@@ -64,15 +73,28 @@ class LampTask:
             raise UserError(f"the input of a {self.name} row lacks {self.marker!r}, so there is nothing to search its profile with: {text[:120]!r}.")
         return rest.strip()
 
-    def prompt(self, text: str, items: Sequence[Mapping[str, Any]]) -> str:
-        """Return the prompt: the input with what was retrieved in front of it (LaMP_1: inside it); the input as it is without any."""
+    def prompt(self, text: str, items: Sequence[Mapping[str, Any]], *, item_words: int | None = None) -> str:
+        """Return the prompt: the input with what was retrieved in front of it (LaMP_1: inside it); the input as it is without any.
+
+        Args:
+            text: the row's input.
+            items: what was retrieved, in order.
+            item_words: how many words of each item's long field are shown; None shows all.
+        """
         if not items:
             return text
-        shown = ", and ".join(self.pattern.format_map({field: item[field] for field in self.fields}) for item in items)
+        shown = ", and ".join(self._show(item, item_words) for item in items)
         if self.lead is not None:
             return f"{shown}{self.lead}{text}"
         before, title, after = text.partition("title")
         return f"{before}title, and {shown}{after}" if title else text
+
+    def _show(self, item: Mapping[str, Any], item_words: int | None) -> str:
+        values = {field: str(item[field]) for field in self.shown}
+        words = values[self.long_field].split()
+        if item_words is not None and len(words) > item_words:
+            values[self.long_field] = " ".join(words[:item_words])
+        return self.pattern.format_map(values)
 
     def label(self, text: str) -> int:
         """Return the place of an answer among the labels, -1 when it is none of them; outer white space does not count, all else does."""
