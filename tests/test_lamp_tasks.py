@@ -2,12 +2,15 @@
 
 import gc
 import json
+import sys
 from pathlib import Path
 
+import anyio
 import lm_eval
 import pytest
 from fault_server import FaultServer, guesses
 from inspect_ai import eval as inspect_eval
+from inspect_ai.model import ModelAPI, ModelOutput, modelapi
 from lamp_data import AUTHOR, INPUT, write_lamp
 from lm_eval.tasks import TaskManager
 from tiny_harness import TASKS as FOLDER
@@ -31,6 +34,19 @@ NAMES = [f"lamp_{n}" for n in range(1, 8)]
 KEY = "sk-planted-0123456789"
 
 
+SCRIPT: dict[str, str] = {}
+GRADE = '{"reason": "x", "score": 4}'
+
+
+@modelapi(name="lamp-scripted")
+class Scripted(ModelAPI):
+    """A model of Inspect's that gives the answer that ``SCRIPT`` has for a prompt, and a grade to any other."""
+
+    async def generate(self, input, tools, tool_choice, config):
+        await anyio.sleep(0)
+        return ModelOutput.from_content("scripted", SCRIPT.get(input[-1].text, SCRIPT.get("else", GRADE)))
+
+
 @pytest.fixture(scope="module")
 def lm():
     return SteeredHFLM(resolve_model(TINY_CHAT), device="cpu", batch_size=16)
@@ -41,8 +57,7 @@ def data(tmp_path_factory):
     """All seven tasks, three short rows each."""
     folder = tmp_path_factory.mktemp("data")
     for task, text in INPUT.items():
-        short = text.partition(" a ")[0] + ": " if task != "LaMP_1" else ""
-        inputs = [text, f"{short}{text}", text.replace("The", "My")]
+        inputs = [text, f"{text} Indeed.", f"{text} So it is."]
         write_lamp(folder, task, rows=[{"id": str(n), "input": text, "profile": AUTHOR[task]} for n, text in enumerate(inputs)])
     return folder
 
@@ -64,11 +79,12 @@ def by_lm_eval(lm, name, limit=None, **metadata):
     return values, found["samples"][name], found
 
 
-def by_inspect(name, tmp_path, limit=None, **arguments):
+def by_inspect(name, tmp_path, limit=None, model=f"steered-hf/{TINY_CHAT}", roles=None, **arguments):
     (log,) = inspect_eval(
         getattr(registry, name),
         task_args=arguments,
-        model=f"steered-hf/{TINY_CHAT}",
+        model=model,
+        model_roles=roles or {},
         log_dir=str(tmp_path / "logs"),
         display="none",
         limit=limit,
@@ -109,12 +125,21 @@ def test_both_harnesses_ask_the_same_and_measure_the_same_by_the_official_metric
     json.dumps(samples)
 
 
-def test_right_answers_get_full_marks_in_both_harnesses(data, tmp_path, lm):
-    """A model's answers on labels are rarely right, so the metrics are tried where all are."""
-    (task,) = load_tasks(["lamp_1"], {"data": str(data)})
-    metrics = [task.process_results(doc, [f" {doc['reference']}\n"]) for doc in task.eval_docs]
-    assert [m["accuracy"] for m in metrics] == [1.0] * 3
-    assert task.aggregation()["f1_macro"]([m["f1_macro"] for m in metrics]) == 0.5  # [2] is never right, and counts as 0
+@pytest.mark.parametrize(
+    ("name", "answers"),
+    [("lamp_1", ["[1]", " [2]", "[1]\n"]), ("lamp_2", ["romance", "sci-fi", "Romance"]), ("lamp_3", ["2", "5.0", "two"])],
+)
+def test_answers_as_a_better_model_gives_them_are_measured_alike(data, tmp_path, monkeypatch, name, answers):
+    (task,) = load_tasks([name], {"data": str(data)})
+    docs = list(task.eval_docs)
+    scored = [task.process_results(doc, [answer]) for doc, answer in zip(docs, answers, strict=True)]
+    ours = {metric: task.aggregation()[metric]([one[metric] for one in scored]) for metric in scored[0]}
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", dict(zip((doc["prompt"] for doc in docs), answers, strict=True)))
+    theirs, _, _ = by_inspect(name, tmp_path, model="lamp-scripted/m", data=str(data))
+    expected = evaluate(TASKS[name.replace("lamp", "LaMP")], dict(enumerate(answers)), {n: doc["reference"] for n, doc in enumerate(docs)})
+    assert ours == pytest.approx(expected)
+    assert theirs == pytest.approx(expected)
+    assert min(expected.values()) > 0
 
 
 def test_options_choose_what_is_retrieved_and_how_long_answers_are(lm, data):
@@ -167,6 +192,16 @@ def test_paraphrases_are_judged_against_their_authors_and_the_verdicts_are_logge
     theirs, logged, _ = by_inspect("lamp_7", tmp_path, data=str(data), **judging)
     assert theirs == pytest.approx(ours)
     assert logged[0].scores["lamp_author_fit"].metadata["mode"] == "logprobs"
+
+
+def test_the_model_role_grader_judges_in_inspect(data, tmp_path, monkeypatch):
+    roles = {"grader": "lamp-scripted/grader"}
+    found, logged, _ = by_inspect("lamp_7", tmp_path, roles=roles, data=str(data))
+    assert (found["persona_fit"], found["missing"]) == (4.0, 0)
+    assert logged[0].scores["lamp_author_fit"].explanation == "x"
+    monkeypatch.setitem(SCRIPT, "else", "no idea")
+    counted, _, _ = by_inspect("lamp_7", tmp_path, roles=roles, data=str(data), missing_limit=1.0)
+    assert counted["missing"] == 3
 
 
 def test_a_missing_verdict_is_counted_and_too_many_end_the_run(lm, data):
