@@ -160,6 +160,7 @@ def test_options_choose_what_is_retrieved_and_how_long_answers_are(lm, data):
         ({"k": 0}, "k: Input should be greater than or equal to 1"),
         ({"split": "test"}, "has no split='test'"),
         ({"data": "/nowhere"}, "data='/nowhere' is not a folder"),
+        ({"missing_limit": "few"}, "missing_limit: Input should be a valid number"),
         ({"judge": "stylometric"}, "cannot rate LaMP's many authors"),
         ({"judge": "openai:m", "judge_api_key": KEY}, "judge_api_key is not taken"),
     ],
@@ -174,6 +175,8 @@ def test_inspect_refuses_wrong_options_in_one_sentence(data):
         registry.lamp_4(data=str(data), retrieval="bm52")
     with pytest.raises(RefusalError, match="cannot rate LaMP's many authors"):
         registry.lamp_7(data=str(data), judge="stylometric")
+    with pytest.raises(RefusalError, match="lamp_7 has no argument 'retrival'.*Did you mean 'retrieval'"):
+        registry.lamp_7(data=str(data), retrival="none")
 
 
 def test_paraphrases_are_judged_against_their_authors_and_the_verdicts_are_logged(lm, data, tmp_path, server):

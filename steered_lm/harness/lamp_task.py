@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 JUDGED = "LaMP_7"
 """The task whose answers a judge can hold against their authors: they are texts in the author's manner."""
-_MISSING_LIMIT = 0.2
 
 
 class LampTask(ChatTask):
@@ -44,7 +43,6 @@ class LampTask(ChatTask):
         metadata = dict(config["metadata"])
         self.lamp = task_named(str(config["task"]))
         self.options = parse_options(metadata, source=f"--metadata of {config['task']}")
-        self.missing_limit = float(metadata.get("missing_limit", _MISSING_LIMIT))
         self.judge = _make_judge(metadata) if self.lamp.name == JUDGED and metadata.get("judge") is not None else None
         self.verdicts: list[Verdict] = []
         facts: dict[str, Any] = self.options.model_dump()
@@ -70,7 +68,7 @@ class LampTask(ChatTask):
         answers = [str(instance.resps[0]).strip() for instance in self.instances]
         requests = [author_request(i.doc["input"], answer, i.doc["lines"]) for i, answer in zip(self.instances, answers, strict=True)]
         self.verdicts = list(self.judge.judge(requests))
-        check_missing(self.verdicts, self.missing_limit)
+        check_missing(self.verdicts, self.options.missing_limit)
         for instance, answer, verdict in zip(self.instances, answers, self.verdicts, strict=True):
             instance.filtered_resps["none"] = json.dumps({**verdict.model_dump(), "answer": answer}, ensure_ascii=False)
         return None

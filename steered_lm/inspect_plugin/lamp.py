@@ -14,12 +14,13 @@ from steered_lm.inspect_plugin.grader import GRADER, InspectJudge
 from steered_lm.inspect_plugin.refusal import plain_refusals
 from steered_lm.inspect_plugin.tasks import _asker, _judge_options, _MissingGate, total
 from steered_lm.lamp.author import author_question, author_request, refuse_stylometric
-from steered_lm.lamp.items import STOP, make_items, parse_options
+from steered_lm.lamp.items import STOP, LampOptions, make_items, parse_options
 from steered_lm.lamp.metrics import Labelled, root_mean, score_answer
 from steered_lm.lamp.metrics import macro_f1 as macro_f1_of
 from steered_lm.lamp.task import task_named
 
 VERSION = 1
+_JUDGED_ARGUMENTS = (*(name for name in LampOptions.model_fields if name != "max_gen_toks"), "max_tokens", "judge", "cache")
 
 
 def _make_task(name: str, options: dict[str, Any], judging: Sequence[Any] = ()) -> Task:
@@ -158,10 +159,11 @@ def lamp_7(
         missing_limit: share of missing verdicts above which the run ends in an error.
         judge_options: ``judge_<option>`` for further options of the judge. Keys come from the environment.
     """
+    with plain_refusals():  # a misspelt argument also lands among them, judge or none
+        _judge_options(judge_options, task="lamp_7", known=_JUDGED_ARGUMENTS)
     judged = judge is not None or GRADER in model_roles()
-    return _make_task(
-        "lamp_7", _options(data, split, retrieval, k, seed, item_words, max_tokens), (judge, cache, missing_limit, judge_options) if judged else ()
-    )
+    options = _options(data, split, retrieval, k, seed, item_words, max_tokens) | {"missing_limit": missing_limit}
+    return _make_task("lamp_7", options, (judge, cache, missing_limit, judge_options) if judged else ())
 
 
 @metric(scores="unreduced")

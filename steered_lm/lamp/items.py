@@ -27,6 +27,7 @@ class LampOptions(Config):
         seed: of ``random``.
         item_words: how many words of each of these items are shown, for models of short context; by default all.
         max_gen_toks: longest answer, in tokens; by default 16 for LaMP_1 to LaMP_3, and 64 for the others.
+        missing_limit: LaMP_7 with a judge: share of missing verdicts above which the run stops.
     """
 
     data: str | None = None
@@ -36,6 +37,7 @@ class LampOptions(Config):
     seed: int = 0
     item_words: int | None = Field(default=None, ge=1)
     max_gen_toks: int | None = Field(default=None, ge=1)
+    missing_limit: float = Field(default=0.2, ge=0, le=1)
 
     def answer_length(self, task: LampTask) -> int:
         """Return the longest answer to a task, in tokens."""
