@@ -15,6 +15,7 @@ from rich.table import Table
 
 import steered_lm
 from steered_lm.commands.judge import judge_app
+from steered_lm.commands.lamp import lamp_app, persona_from_lamp
 from steered_lm.commands.options import JudgeOptions, parse_options
 from steered_lm.commands.traits import traits_app
 from steered_lm.content import TINY_CHAT
@@ -32,6 +33,8 @@ app.add_typer(persona_app, name="persona")
 app.add_typer(report_app, name="report")
 app.add_typer(judge_app, name="judge")
 app.add_typer(traits_app, name="traits")
+app.add_typer(lamp_app, name="lamp")
+persona_app.command("from-lamp")(persona_from_lamp)
 
 ModelName = Annotated[str, typer.Option("--model", help="Hub id, folder, or steered-lm/tiny-chat (the tiny model that ships with the package).")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:0, mps or cpu; by default what is there.")]

@@ -156,7 +156,8 @@ def test_a_named_persona_and_judge_need_nothing_but_names(lm):
 
 def test_our_tasks_are_listed_under_one_tag():
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    assert set(manager.load(["steered_lm"])["tasks"]) >= {"persona_judge", "tiny_knowledge", "tiny_truth"}
+    # what needs neither data of one's own nor a language model as judge
+    assert set(manager.load(["steered_lm"])["tasks"]) == {"persona_judge", "tiny_knowledge", "tiny_truth"}
 
 
 @pytest.mark.parametrize("name", ["tiny_knowledge", "tiny_truth"])

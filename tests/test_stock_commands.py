@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import yaml
+from lamp_data import write_lamp
 
 from steered_lm.content import TINY_CHAT, resolve_model
 
@@ -78,7 +79,7 @@ def test_lm_eval_takes_the_inline_form_the_shipped_model_s_name_and_another_pers
 def test_lm_eval_lists_our_tasks(bench):
     _, run = bench
     listed = run("lm_eval", "ls", "tasks").stdout
-    assert all(name in listed for name in ("persona_judge", "tiny_knowledge", "tiny_truth"))
+    assert all(name in listed for name in ("persona_judge", "tiny_knowledge", "tiny_truth", "lamp_1", "lamp_7"))
 
 
 def test_a_wrong_spec_ends_lm_eval_with_our_sentence(bench):
@@ -125,3 +126,31 @@ def test_both_harnesses_give_the_same_score(bench):
     run("lm_eval", *arguments, "--output_path", "same_lm_eval", "--log_samples")
     scores, _ = results(folder / "same_lm_eval")
     assert metrics["persona_fit"]["mean"]["value"] == pytest.approx(scores["results"]["persona_judge"]["persona_fit,none"], abs=1e-4)
+
+
+def test_lamp_runs_under_both_stock_commands_with_the_same_numbers(bench):
+    folder, run = bench
+    write_lamp(folder / "data", "LaMP_7")
+    metadata = json.dumps({"data": "data", "k": 1})
+    run(
+        "lm_eval",
+        "--model",
+        "steered-hf",
+        "--model_args",
+        f"pretrained={TINY_CHAT}",
+        "--tasks",
+        "lamp_7",
+        "--metadata",
+        metadata,
+        "--output_path",
+        "lamp",
+    )
+    (file,) = (folder / "lamp").rglob("results_*.json")
+    ours = json.loads(file.read_text())["results"]["lamp_7"]
+    run(
+        "inspect", "eval", "steered_lm/lamp_7", "--model", f"steered-hf/{TINY_CHAT}", "-T", "data=data", "-T", "k=1", "--log-dir", "lamp_logs",
+        "--log-format", "json", "--display", "plain",
+    )  # fmt: skip
+    (log,) = (folder / "lamp_logs").glob("*.json")
+    theirs = {score["name"]: score["metrics"]["mean"]["value"] for score in json.loads(log.read_text())["results"]["scores"]}
+    assert theirs == pytest.approx({name: ours[f"{name},none"] for name in ("rouge1", "rougeL")})

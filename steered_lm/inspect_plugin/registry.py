@@ -2,6 +2,7 @@
 
 from inspect_ai.model import ModelAPI, modelapi
 
+from steered_lm.inspect_plugin.lamp import lamp_1, lamp_2, lamp_3, lamp_4, lamp_5, lamp_6, lamp_7
 from steered_lm.inspect_plugin.tasks import persona_judge
 from steered_lm.inspect_plugin.traits import (
     pv_apathetic,
@@ -15,6 +16,13 @@ from steered_lm.inspect_plugin.traits import (
 )
 
 __all__ = [
+    "lamp_1",
+    "lamp_2",
+    "lamp_3",
+    "lamp_4",
+    "lamp_5",
+    "lamp_6",
+    "lamp_7",
     "persona_judge",
     "pv_apathetic",
     "pv_evil",

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from inspect_ai import Task, task
@@ -138,11 +138,13 @@ class _MissingGate:
             )
 
 
-def _judge_options(given: dict[str, Any]) -> dict[str, Any]:
-    known = ("persona", "split", "judge", "cache", "max_tokens", "missing_limit")
+_ARGUMENTS = ("persona", "split", "judge", "cache", "max_tokens", "missing_limit")
+
+
+def _judge_options(given: dict[str, Any], *, task: str = "persona_judge", known: Sequence[str] = _ARGUMENTS) -> dict[str, Any]:
     for name in given:
         if not name.startswith("judge_"):
-            raise JudgeError(f"persona_judge has no argument {name!r}. {near_misses(name, known)} Options of the judge are written judge_<option>.")
+            raise JudgeError(f"{task} has no argument {name!r}. {near_misses(name, known)} Options of the judge are written judge_<option>.")
         if "api_key" in name:
             raise JudgeError(f"{name} is not taken: task arguments are written into the log. Set the key in the environment.")
     return {name.removeprefix("judge_"): value for name, value in given.items()}
