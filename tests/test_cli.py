@@ -1,8 +1,11 @@
 """The command line on the shipped tiny model, in this process."""
 
 import json
+import os
+import signal
 
 import pytest
+from fault_server import FaultServer, guesses
 from typer.testing import CliRunner
 
 from steered_lm import cli
@@ -83,6 +86,28 @@ def test_optimize_refuses_a_judge_that_its_audit_does_not_trust_before_anything_
     assert "trusted" not in done.output
     assert (tmp_path / "run" / "result.json").is_file()
     assert not (tmp_path / "run" / "audit.json").exists()
+
+
+def test_ctrl_c_says_what_is_kept_and_the_command_to_use_names_the_same_judge(vectors, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def interrupting(number, body, headers):
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return guesses({"3": -0.01}, usage=(10, 1))
+
+    server = FaultServer(interrupting)
+    judge = ("--judge", "openai:x", "--judge-base-url", server.url, "--judge-option", "key_env=none", "--judge-cache", tmp_path / "c.sqlite")
+    try:
+        stopped = optimize(vectors, tmp_path / "run", *judge, "--audit", "off")
+        assert stopped.exit_code == 130
+        assert f"interrupted. Finished generations are in {tmp_path / 'run'}, and finished verdicts in {tmp_path / 'c.sqlite'}" in stopped.output
+        done = optimize(vectors, tmp_path / "run", *judge, "--audit", "off")
+    finally:
+        server.close()
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.output.partition("--metadata '")[2].partition("'")[0])
+    assert told == {"persona": "walt", "judge": "openai:x", "judge_key_env": "none", "judge_base_url": server.url}
 
 
 def test_a_study_may_warn_about_its_judge_and_asks_it_once_for_several_runs(vectors, tmp_path, caplog):

@@ -55,13 +55,20 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
     """Return ``name=value`` pairs with values read as YAML scalars.
 
     Raises:
-        JudgeError: when one is no pair; its value is not shown, as it may be a key.
+        JudgeError: when one is no pair or no YAML; its value is not shown, as it may be a key.
     """
     pairs = [text.partition("=") for text in given]
-    for name, sign, _ in pairs:
+    found = {}
+    for name, sign, value in pairs:
         if not sign or not name.strip().isidentifier():
             raise JudgeError("--judge-option is not name=value. Write for example --judge-option base_url=http://localhost:8000/v1.")
-    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+        if not value.strip():  # an unset shell variable must not become a budget without a limit
+            raise JudgeError(f"--judge-option {name.strip()}= has no value. Write one, or leave the option out.")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):  # the latter for dates that do not exist
+            raise JudgeError(f"--judge-option {name.strip()}: its value is no YAML scalar; it is not shown, as it may be a key.") from None
+    return found
 
 
 def make_judges(names: Sequence[str], question: Question, options: Sequence[str] = (), *, cache: Path | None = None) -> "list[Judge]":

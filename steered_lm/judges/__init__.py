@@ -19,6 +19,7 @@ __all__ = ["ENTRY_POINTS", "PANEL_SUFFIXES", "check_missing", "judge_names", "ma
 ENTRY_POINTS = "steered_lm.judges"
 PANEL_SUFFIXES = (".yaml", ".yml")
 """A judge's name that ends so is a panel's file."""
+_SHOWN = 200  # characters of what an endpoint said
 # used from a checkout, where no entry point is registered
 _BUILT_IN = {
     "anthropic": "steered_lm.judges.anthropic:AnthropicJudge",
@@ -103,15 +104,20 @@ def check_missing(verdicts: Sequence["Verdict"], limit: float = 0.2) -> None:
     """Stop when too many verdicts are missing for the others to stand for all.
 
     Raises:
-        JudgeError: when the missing share exceeds ``limit``; the message counts them and gives the commonest reasons.
+        JudgeError: when the missing share exceeds ``limit``; the message counts them and gives the commonest reasons, and what came in place of an
+            answer.
     """
     if not 0 <= limit <= 1:
         raise JudgeError(f"missing limit={limit!r} is not a share. Allowed: 0 (none may be missing) to 1.")
     reasons: Mapping[str, int] = Counter(v.missing for v in verdicts if v.missing is not None)
     missing = sum(reasons.values())
     if missing and missing / len(verdicts) > limit:
-        common = "; ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(3))
+        commonest = Counter(reasons).most_common(3)
+        common = "; ".join(f"{count} x {reason}" for reason, count in commonest)
+        told = next((v.explanation for reason, _ in commonest for v in verdicts if v.missing == reason and v.explanation.strip()), None)
+        example = "" if told is None else f" What came, for example: {' '.join(told.split())!r:.{_SHOWN}}."
         raise JudgeError(
-            f"{missing} of {len(verdicts)} verdicts are missing ({missing / len(verdicts):.0%}; limit {limit:.0%}). Commonest reasons: {common}. "
+            f"{missing} of {len(verdicts)} verdicts are missing ({missing / len(verdicts):.0%}; limit {limit:.0%}). "
+            f"Commonest reasons: {common}.{example} "
             "Mend the judge and start again: finished verdicts are in the cache, and a run goes on from its log."
         )
