@@ -264,7 +264,7 @@ def optimize(
             )
     except KeyboardInterrupt:
         kept = "" if judge_cache is None else f", and finished verdicts in {judge_cache}"
-        Console(stderr=True).print(
+        Console(stderr=True, emoji=False).print(
             f"interrupted. Finished generations are in {out}{kept}: the same command goes on from there.",
             soft_wrap=True,
             highlight=False,
@@ -344,7 +344,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", markup=True, highlight=False, soft_wrap=True)
+        told = f"[bold red]error:[/bold red] {escape(str(error))}"
+        Console(stderr=True, emoji=False).print(told, markup=True, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -157,12 +157,12 @@ def test_unknown_personas_get_near_misses(vectors, tmp_path):
 
 
 def test_main_prints_a_user_error_without_traceback_and_exits_with_2(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["steered-lm", "vectors", "show", "[no] such.file"])
+    monkeypatch.setattr("sys.argv", ["steered-lm", "vectors", "show", "[no] such:x:file"])  # :x: is an emoji to rich
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
     shown = capsys.readouterr().err
-    assert "error: vectors='[no] such.file' does not exist" in shown
+    assert "error: vectors='[no] such:x:file' does not exist" in shown
     assert "Traceback" not in shown
 
 

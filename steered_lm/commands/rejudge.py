@@ -97,8 +97,11 @@ def rejudge(
     write_atomic(out, "".join(lines))
     _show(question, samples, judged)
     console.print(f"wrote {len(samples) * len(judged):,} verdicts to {out}; kept in {kept}", soft_wrap=True, markup=False)
-    for _, verdicts in judged:
-        check_missing(verdicts, missing_limit)
+    for one, verdicts in judged:
+        try:
+            check_missing(verdicts, missing_limit)
+        except JudgeError as problem:
+            raise JudgeError(f"judge {one.name}: {problem}") from problem
 
 
 def _read(files: Sequence[Path], prompt_field: str | None, limit: int | None) -> list[SavedSample]:
@@ -148,7 +151,7 @@ def _ask(judge: Judge, requests: Sequence[JudgeRequest], cache: Path) -> list[Ve
     except BudgetReached as stop:
         raise JudgeError(f"{stop} {go_on}") from stop
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"interrupted. {go_on}", soft_wrap=True, highlight=False)
+        Console(stderr=True, emoji=False).print(f"interrupted. {go_on}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(_INTERRUPTED)
 
 
