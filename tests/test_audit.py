@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fault_server import FaultServer, guesses
+from fault_server import FaultServer, fault, guesses
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -514,5 +514,8 @@ def test_an_audit_with_a_cache_pays_its_first_round_once_and_the_dry_run_knows(m
         assert (status, "about 12 requests" in shown) == (0, True)
         run(*asked)
         assert len(server.bodies) == 30
+        server.script = lambda *_: fault(400, "the model was retired")
+        _, shown = run(*asked[:-2])
+        assert "30 x HTTP 400. What came, for example: 'the model was retired'" in shown
     finally:
         server.close()

@@ -131,7 +131,9 @@ def test_a_dry_run_counts_what_is_not_cached_and_asks_nothing(server, samples, t
 def test_missing_verdicts_are_written_counted_and_end_the_command(server, tmp_path):
     rows = [{"prompt": p, "response": "odd" if i < 4 else "" if i == 4 else "fine"} for i, p in enumerate(PROMPTS)]
     out = tmp_path / "out.jsonl"
-    invoke("rejudge", write(tmp_path / "m.jsonl", rows), *openai(server), "--out", out, fails="judge openai:judge-1: 5 of 12 verdicts are missing (42%;")
+    invoke(
+        "rejudge", write(tmp_path / "m.jsonl", rows), *openai(server), "--out", out, fails="judge openai:judge-1: 5 of 12 verdicts are missing (42%;"
+    )
     written = read(out)
     assert [row["verdict"]["score"] is None for row in written] == [True] * 5 + [False] * 7
     assert written[4]["verdict"]["missing"] == "empty response"

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from steered_lm.judges.question import Question
     from steered_lm.persona.schema import Persona
 
-__all__ = ["ENTRY_POINTS", "PANEL_SUFFIXES", "check_missing", "judge_names", "make_judge", "takes_option"]
+__all__ = ["ENTRY_POINTS", "PANEL_SUFFIXES", "check_missing", "judge_names", "make_judge", "takes_option", "why_missing"]
 
 ENTRY_POINTS = "steered_lm.judges"
 PANEL_SUFFIXES = (".yaml", ".yml")
@@ -109,15 +109,18 @@ def check_missing(verdicts: Sequence["Verdict"], limit: float = 0.2) -> None:
     """
     if not 0 <= limit <= 1:
         raise JudgeError(f"missing limit={limit!r} is not a share. Allowed: 0 (none may be missing) to 1.")
-    reasons: Mapping[str, int] = Counter(v.missing for v in verdicts if v.missing is not None)
-    missing = sum(reasons.values())
+    missing = sum(v.missing is not None for v in verdicts)
     if missing and missing / len(verdicts) > limit:
-        commonest = Counter(reasons).most_common(3)
-        common = "; ".join(f"{count} x {reason}" for reason, count in commonest)
-        told = next((v.explanation for reason, _ in commonest for v in verdicts if v.missing == reason and v.explanation.strip()), None)
-        example = "" if told is None else f" What came, for example: {' '.join(told.split())!r:.{_SHOWN}}."
         raise JudgeError(
             f"{missing} of {len(verdicts)} verdicts are missing ({missing / len(verdicts):.0%}; limit {limit:.0%}). "
-            f"Commonest reasons: {common}.{example} "
+            f"Commonest reasons: {why_missing(verdicts)}. "
             "Mend the judge and start again: finished verdicts are in the cache, and a run goes on from its log."
         )
+
+
+def why_missing(verdicts: Sequence["Verdict"]) -> str:
+    """Return the commonest reasons, and what came in place of an answer, for example; empty when none is missing."""
+    reasons = Counter(v.missing for v in verdicts if v.missing is not None).most_common(3)
+    told = next((v.explanation for reason, _ in reasons for v in verdicts if v.missing == reason and v.explanation.strip()), None)
+    common = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    return common if told is None else f"{common}. What came, for example: {' '.join(told.split())!r:.{_SHOWN}}"
