@@ -262,10 +262,20 @@ def optimize(
         for sentence in plan_search(study, search).sentences():
             console.print(sentence, soft_wrap=True)
         return
-    with GenerationBar(console, optimizer) as bar:
-        result = study.search(
-            search, out, progress=bar, on_audit=lambda report: console.print(report.conclusion(), soft_wrap=True, markup=False, emoji=False)
+    try:
+        with GenerationBar(console, optimizer) as bar:
+            result = study.search(
+                search, out, progress=bar, on_audit=lambda report: console.print(report.conclusion(), soft_wrap=True, markup=False, emoji=False)
+            )
+    except KeyboardInterrupt:
+        kept = "" if judge_cache is None else f", and finished verdicts in {judge_cache}"
+        Console(stderr=True, emoji=False).print(
+            f"interrupted. Finished generations are in {out}{kept}: the same command goes on from there.",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
         )
+        raise
     table = Table(title=f"{persona}: mean persona fit (1-5), chosen candidate {result.chosen}")
     for column in ("split", "mean", "standard error", "scored", "missing"):
         table.add_column(column, justify="left" if column == "split" else "right")
@@ -282,10 +292,13 @@ def optimize(
         )
         planned = study.lm.engine.report.planned_bytes / 2**20
         console.print(f"{seconds['total']:.2f} s a generation: {parts}; {planned:,.0f} MiB planned beside the weights", soft_wrap=True)
+    same: dict[str, Any] = {"persona": persona}  # judged as here, else the numbers would not be comparable
+    if judge != StudyConfig.model_fields["judge"].default:
+        same |= {"judge": judge} | {f"judge_{name}": value for name, value in study.config.judge_options.items()}
     console.print(
         f"best spec: {result.spec_path}\n"
         f"use it: lm_eval --model steered-hf --model_args pretrained={model},steering={result.spec_path} --tasks persona_judge "
-        f"--metadata '{json.dumps({'persona': persona})}'",
+        f"--metadata '{json.dumps(same)}'",
         soft_wrap=True,
     )
 
@@ -336,7 +349,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", markup=True, highlight=False, soft_wrap=True)
+        told = f"[bold red]error:[/bold red] {escape(str(error))}"
+        Console(stderr=True, emoji=False).print(told, markup=True, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

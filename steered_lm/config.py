@@ -24,7 +24,10 @@ class Config(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as report:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']} (got {e.get('input')!r:.80})" for e in report.errors())
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e.get('input')!r:.80})" if e["loc"] else e["msg"].removeprefix("Value error, ")
+                for e in report.errors()
+            )
             raise error(f"{source} is not a valid {cls.__name__}: {problems}. Allowed keys: {', '.join(cls.model_fields)}.") from report
 
 

@@ -228,6 +228,16 @@ def test_a_panels_members_are_compared_in_its_place(tmp_path: Path) -> None:
     ]
 
 
+def test_two_judges_of_one_name_that_differ_are_refused_and_never_mixed(tmp_path: Path) -> None:
+    panel, single = tmp_path / "panel.jsonl", tmp_path / "single.jsonl"
+    panel.write_text(line(0, combine([said("openai:a", 1), said("hf:b", 5)], "mean", quorum=2, judge="panel:duo")))
+    single.write_text(line(0, said("openai:a", 1)))
+    assert list(read_verdicts([panel, single]).raters()) == ["openai:a", "hf:b"]
+    single.write_text(line(0, said("openai:a", 4)))
+    with pytest.raises(JudgeError, match="two judges are called openai:a, a member of panel:duo one of them, and they differ on"):
+        read_verdicts([panel, single]).raters()
+
+
 def test_choices_are_compared_as_such(tmp_path: Path) -> None:
     path = tmp_path / "v.jsonl"
     choices = ["A", "B", "tie"] * 5

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fault_server import FaultServer, fault, guesses
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -496,3 +497,25 @@ def test_a_dry_run_asks_nothing_and_says_what_would_be_asked(monkeypatch: pytest
     assert status == 0, shown
     assert "openai:x:free: 30 verdicts on 18 items; about 30 requests" in shown
     assert "dollars" in shown
+
+
+def test_an_audit_with_a_cache_pays_its_first_round_once_and_the_dry_run_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = FaultServer(lambda number, body, headers: guesses({str(30 + len(body["messages"][1]["content"]) % 60): -0.01}, usage=(10, 1)))
+    endpoint = ["--judge-option", f"base_url={server.url}", "--cache", tmp_path / "c.sqlite"]
+    asked = ["--judge", "openai:x", "--kind", "trait", "--trait", "humorous", *endpoint]
+    try:
+        status, shown = run(*asked, "--dry-run")
+        assert (status, "about 30 requests" in shown) == (0, True)
+        status, _ = run(*asked, "--judge-option", "max_requests=18")
+        assert (status, len(server.bodies)) == (1, 18)
+        status, shown = run(*asked, "--dry-run")
+        assert (status, "about 12 requests" in shown) == (0, True)
+        run(*asked)
+        assert len(server.bodies) == 30
+        server.script = lambda *_: fault(400, "the model was retired")
+        _, shown = run(*asked[:-2])
+        assert "30 x HTTP 400. What came, for example: 'the model was retired'" in shown
+    finally:
+        server.close()

@@ -1,8 +1,11 @@
 """The command line on the shipped tiny model, in this process."""
 
 import json
+import os
+import signal
 
 import pytest
+from fault_server import FaultServer, guesses
 from typer.testing import CliRunner
 
 from steered_lm import cli
@@ -85,6 +88,28 @@ def test_optimize_refuses_a_judge_that_its_audit_does_not_trust_before_anything_
     assert not (tmp_path / "run" / "audit.json").exists()
 
 
+def test_ctrl_c_says_what_is_kept_and_the_command_to_use_names_the_same_judge(vectors, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def interrupting(number, body, headers):
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return guesses({"3": -0.01}, usage=(10, 1))
+
+    server = FaultServer(interrupting)
+    judge = ("--judge", "openai:x", "--judge-base-url", server.url, "--judge-option", "key_env=none", "--judge-cache", tmp_path / "c.sqlite")
+    try:
+        stopped = optimize(vectors, tmp_path / "run", *judge, "--audit", "off")
+        assert stopped.exit_code == 130
+        assert f"interrupted. Finished generations are in {tmp_path / 'run'}, and finished verdicts in {tmp_path / 'c.sqlite'}" in stopped.output
+        done = optimize(vectors, tmp_path / "run", *judge, "--audit", "off")
+    finally:
+        server.close()
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.output.partition("--metadata '")[2].partition("'")[0])
+    assert told == {"persona": "walt", "judge": "openai:x", "judge_key_env": "none", "judge_base_url": server.url}
+
+
 def test_a_study_may_warn_about_its_judge_and_asks_it_once_for_several_runs(vectors, tmp_path, caplog):
     study = Study(StudyConfig(persona="walt", vectors=vectors, audit="warn", effect=3.5))
     report = study.audit(tmp_path / "one")
@@ -132,12 +157,12 @@ def test_unknown_personas_get_near_misses(vectors, tmp_path):
 
 
 def test_main_prints_a_user_error_without_traceback_and_exits_with_2(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["steered-lm", "vectors", "show", "[no] such.file"])
+    monkeypatch.setattr("sys.argv", ["steered-lm", "vectors", "show", "[no] such:x:file"])  # :x: is an emoji to rich
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
     shown = capsys.readouterr().err
-    assert "error: vectors='[no] such.file' does not exist" in shown
+    assert "error: vectors='[no] such:x:file' does not exist" in shown
     assert "Traceback" not in shown
 
 

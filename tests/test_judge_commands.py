@@ -1,6 +1,7 @@
 """``steered-lm judge cache`` and ``steered-lm judge rejudge`` on plain JSONL; logs of the harnesses are in ``test_judge_samples``."""
 
 import json
+import re
 import signal
 import sqlite3
 import subprocess
@@ -130,7 +131,9 @@ def test_a_dry_run_counts_what_is_not_cached_and_asks_nothing(server, samples, t
 def test_missing_verdicts_are_written_counted_and_end_the_command(server, tmp_path):
     rows = [{"prompt": p, "response": "odd" if i < 4 else "" if i == 4 else "fine"} for i, p in enumerate(PROMPTS)]
     out = tmp_path / "out.jsonl"
-    invoke("rejudge", write(tmp_path / "m.jsonl", rows), *openai(server), "--out", out, fails="5 of 12 verdicts are missing (42%; limit 20%)")
+    invoke(
+        "rejudge", write(tmp_path / "m.jsonl", rows), *openai(server), "--out", out, fails="judge openai:judge-1: 5 of 12 verdicts are missing (42%;"
+    )
     written = read(out)
     assert [row["verdict"]["score"] is None for row in written] == [True] * 5 + [False] * 7
     assert written[4]["verdict"]["missing"] == "empty response"
@@ -166,6 +169,8 @@ def test_pairs_come_from_lines_that_hold_both_or_from_the_other_system_s_log(ser
     assert {row["other"] for row in rows} == {"no"}
     assert len(server.bodies) == 24
     assert "24 │       240 │         24" in told
+    # nor does its table let a place pass for twelve honest ties
+    assert re.search(r"│ 1 +│ +0 │ +0 │ +12 │ +12 of 12 │", told)
     estimate = invoke("rejudge", samples, *judge, "--against", other, "--dry-run", "--cache", tmp_path / "o.cache.sqlite")
     assert "│        0 │" in estimate
     invoke("rejudge", samples, *judge, "--out", tmp_path / "p.jsonl", fails="sample 's0'")
@@ -190,6 +195,13 @@ def test_a_budget_that_is_reached_keeps_what_was_paid_for(server, samples, tmp_p
         (["--judge", "stylometric", "--persona", "edmund"], "rejudge needs --out"),
         (["--judge", "stylometric", "--out", "o.jsonl"], "--kind persona_fit needs --persona"),
         (["--judge", "stylometrik", "--persona", "edmund", "--out", "o.jsonl"], "Did you mean 'stylometric'?"),
+        (["--judge", "openai:x", "--judge-option", "max_dollars=", "--persona", "edmund", "--out", "o.jsonl"], "max_dollars= has no value"),
+        (["--judge", "openai:x", "--judge-option", f"x=[{KEY}", "--persona", "edmund", "--out", "o.jsonl"], "x: its value is no YAML scalar"),
+        (["--judge", "openai:x", "--judge-option", "x=2026-99-01", "--persona", "edmund", "--out", "o.jsonl"], "x: its value is no YAML scalar"),
+        (
+            ["--judge", "openai:x", "--judge-option", "max_dollars=1", "--persona", "edmund", "--out", "o.jsonl"],
+            "Endpoint: max_dollars needs input_price and output_price, in dollars per million tokens: see the provider's price list. Allowed keys",
+        ),
         (["--judge", "stylometric", "--judge", "stylometric", "--persona", "edmund", "--out", "o.jsonl"], "the same judge twice"),
     ],
 )
@@ -197,6 +209,23 @@ def test_wrong_options_are_refused_before_anything_is_judged(arguments, message,
     monkeypatch.chdir(tmp_path)
     invoke("rejudge", samples, *arguments, fails=message)
     assert not Path("o.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("rejudge", "mine.jsonl", "--judge", "stylometric", "--persona", "edmund", "--out", "."),
+        ("rejudge", "mine.jsonl", "--judge", "stylometric", "--persona", "edmund", "--out", "o.jsonl", "--missing-limit", "20"),
+        ("audit", "--judge", "stylometric", "--persona", "edmund", "--out", "."),
+        ("audit", "--judge", "stylometric", "--persona", "edmund", "--seed", "-1"),
+    ],
+)
+def test_what_would_fail_after_the_judges_were_paid_is_refused_before(arguments, samples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(judge_app, arguments)
+    assert done.exit_code == 2
+    assert f"Invalid value for '{arguments[-2]}'" in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jsonl"]
 
 
 def test_ctrl_c_keeps_finished_verdicts_and_the_same_command_goes_on(tmp_path):

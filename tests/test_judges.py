@@ -54,7 +54,7 @@ def test_an_unknown_judge_is_refused_with_near_misses(persona: Persona) -> None:
 
 
 def test_an_openai_judge_without_a_model_is_refused(persona: Persona) -> None:
-    with pytest.raises(JudgeError, match="model: Field required"):
+    with pytest.raises(JudgeError, match=r"judge openai needs a model\. Write openai:<model>"):
         make_judge("openai", persona)
 
 
@@ -68,6 +68,12 @@ def test_too_many_missing_verdicts_stop_with_counts_and_reasons() -> None:
     with pytest.raises(JudgeError, match=r"3 of 10 verdicts are missing \(30%; limit 20%\)\. Commonest reasons: 2 x HTTP 500; 1 x empty response"):
         check_missing(bad)
     check_missing(bad, 0.3)
+
+
+def test_the_message_about_missing_verdicts_repeats_what_the_endpoint_said() -> None:
+    told = [Verdict(missing="HTTP 400", explanation="context length is 4096\ntokens", judge="t"), *verdicts(1, 2, "not asked")]
+    with pytest.raises(JudgeError, match=r"2 x not asked; 1 x HTTP 400\. What came, for example: 'context length is 4096 tokens'\. Mend"):
+        check_missing(told)
 
 
 def test_a_share_at_the_limit_passes_and_no_verdicts_at_all_pass() -> None:

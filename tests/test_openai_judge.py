@@ -254,6 +254,23 @@ def test_an_empty_response_is_missing_without_asking(server: FaultServer, reques
 # -- other kinds --
 
 
+def test_an_error_in_a_body_that_was_sent_as_a_success_is_garbage_with_its_words_and_without_the_key(server: FaultServer) -> None:
+    server.script = lambda *_: Answer({"error": {"message": f"no provider takes {KEY}"}})
+    (verdict,) = make(server).judge(requests())
+    assert (verdict.missing, verdict.explanation) == ("garbage instead of an answer", "no chat completion: no provider takes [key]")
+
+
+@pytest.mark.parametrize("proxy", ["http://me:pass-planted-1234@127.0.0.1:{port}", "http://me:pass-planted-1234@127.0.0.1:none"])
+def test_a_proxys_password_is_in_no_verdict(server: FaultServer, monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    # the scripted server refuses CONNECT, as a proxy does that does not know the user
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, proxy.format(port=server.root.rpartition(":")[2]))
+    (verdict,) = make(server, base_url="https://judge.invalid/v1", attempts=1).judge(requests())
+    assert verdict.missing == "no connection to https://judge.invalid/v1, 1 attempts"
+    assert "proxy" in verdict.explanation
+    assert "pass-planted-1234" not in verdict.model_dump_json()
+
+
 def test_a_trait_is_scored_from_0_to_100_and_a_refusal_is_missing(server: FaultServer) -> None:
     question = Question.of_trait("humorous")
     server.script = lambda number, *_: guesses({"80": math.log(0.5), "60": math.log(0.5)}) if number == 0 else guesses({"REF": -0.01})

@@ -101,6 +101,14 @@ def test_all_missing_is_nan_with_a_warning_where_that_is_allowed_and_an_error_wh
         run(lm, persona, LengthJudge(missing_on=""))
 
 
+def test_a_misspelt_option_is_warned_about_and_another_tasks_key_is_not(persona, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_tasks(["persona_judge"], {"persona": persona, "jugde": "openai:x", "max_seq_lengths": [4096], "pretrained": "x"})
+    assert [record.getMessage() for record in caplog.records if "--metadata" in record.getMessage()] == [
+        "--metadata jugde is no option of persona_judge and changes nothing; did you mean judge?"
+    ]
+
+
 def test_the_chat_template_is_applied_once_with_and_without_the_flag(lm, persona):
     judged = [LengthJudge(), LengthJudge()]
     run(lm, persona, judged[0])

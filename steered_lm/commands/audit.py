@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from steered_lm.commands.options import (
+    CacheFile,
     Description,
     JudgeNames,
     JudgeOptions,
@@ -45,22 +46,25 @@ def audit_command(
         float | None, typer.Option(help="The difference of two arms that is sought, in points; default: an eighth of the scale.")
     ] = None,
     prompts: Annotated[int, typer.Option(help="On how many prompts the arms will be compared.")] = 50,
+    cache: CacheFile = None,
     missing_limit: Annotated[float, typer.Option(help="The largest share of missing verdicts that does not fail.", min=0, max=1)] = 0.2,
-    seed: Annotated[int, typer.Option(help="Draws the items.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the reports, one a judge.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the items.", min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the reports, one a judge.", dir_okay=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would ask for, and ask nothing.")] = False,
 ) -> None:
     """Audit judges on items of known quality; exit status 0 when all are trusted for the effect that is sought, 1 otherwise."""
-    from steered_lm.judges.audit import audit, audit_requests, estimate_usage  # scipy takes a second
+    from steered_lm.judges.audit import audit, audit_requests, beside_cache, estimate_usage  # scipy takes a second
     from steered_lm.judges.audit_items import audit_items
 
     question = make_question(kind, persona=persona, trait=trait, description=description, rubric=rubric)
     chosen = audit_items(question, count=items, seed=seed, anchors=anchors)
-    judges = make_judges(judge, question, judge_option)
+    judges = make_judges(judge, question, judge_option, cache=cache if not dry_run or (cache is not None and cache.exists()) else None)
     if dry_run:
         asked = audit_requests(chosen, repeats)
         for one in judges:
-            usage = estimate_usage(one, asked)
+            # the first round may come from the cache, the repeats never do
+            rounds = (estimate_usage(one, asked[: len(chosen)]), estimate_usage(beside_cache(one), asked[len(chosen) :]))
+            usage = None if rounds[0] is None or rounds[1] is None else rounds[0] + rounds[1]
             cost = "computed on this machine" if usage is None else f"about {describe_usage(usage)}"
             console.print(f"{one.name}: {len(asked):,} verdicts on {len(chosen)} items; {cost}", soft_wrap=True)
         return

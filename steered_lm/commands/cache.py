@@ -58,7 +58,9 @@ def prune(
 
 
 @cache_app.command("export")
-def export(file: CacheFile, out: Annotated[Path | None, typer.Option(help="A JSONL file to write; by default standard output.")] = None) -> None:
+def export(
+    file: CacheFile, out: Annotated[Path | None, typer.Option(help="A JSONL file to write; by default standard output.", dir_okay=False)] = None
+) -> None:
     """Write every verdict as a line of JSON: key, date, judge, model, rubric, subject, verdict."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in JudgeCache.existing(file).export())
     if out is None:

@@ -55,13 +55,20 @@ def parse_options(given: Sequence[str], flag: str = "--judge-option") -> dict[st
     """Return ``name=value`` pairs with values read as YAML scalars; ``flag`` is what they were given by.
 
     Raises:
-        JudgeError: when one is no pair; its value is not shown, as it may be a key.
+        JudgeError: when one is no pair or no YAML; its value is not shown, as it may be a key.
     """
     pairs = [text.partition("=") for text in given]
-    for name, sign, _ in pairs:
+    found = {}
+    for name, sign, value in pairs:
         if not sign or not name.strip().isidentifier():
             raise JudgeError(f"{flag} is not name=value. Write for example {flag} base_url=http://localhost:8000/v1.")
-    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+        if not value.strip():  # an unset shell variable must not become a budget without a limit
+            raise JudgeError(f"{flag} {name.strip()}= has no value. Write one, or leave the option out.")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):  # the latter for dates that do not exist
+            raise JudgeError(f"{flag} {name.strip()}: its value is no YAML scalar; it is not shown, as it may be a key.") from None
+    return found
 
 
 def make_judges(names: Sequence[str], question: Question, options: Sequence[str] = (), *, cache: Path | None = None) -> "list[Judge]":

@@ -19,7 +19,7 @@ from steered_lm.judges.verdicts import CHOICE_CODES, Verdicts, members, metric_o
 from steered_lm.stats import Estimate, mean_interval
 
 console = Console(emoji=False)
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write everything to this file, too.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write everything to this file, too.", dir_okay=False)]
 WorstCount = Annotated[int, typer.Option("--worst", help="How many of the items that are seen most differently are printed.", min=0)]
 _METRICS: dict[str, Metric | None] = {"auto": None, "interval": "interval", "ordinal": "ordinal", "nominal": "nominal"}
 
@@ -67,7 +67,7 @@ def judge_agreement(
     metric: Annotated[
         str, typer.Option(help="nominal, ordinal or interval; auto: nominal for choices, ordinal for whole scores, else interval.")
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
     worst: WorstCount = 5,
     json_file: JsonFile = None,
 ) -> None:
@@ -115,16 +115,16 @@ def _summary(judge: str, verdicts: Sequence[Verdict], panel: str | None = None) 
 
 
 def _show(report: JudgesReport, worst: int) -> None:
-    title = f"{report.question}: judges; what came from a cache cost nothing"
-    lines = table(
-        title, ("judge",), ("mean", "95 % interval", "missing", "from cache", "requests", "tokens in", "tokens out", "dollars"), ("why missing",)
-    )
+    lines = table(f"{report.question}: judges", ("judge",), ("mean", "95 % interval", "missing"), ("why missing",))
+    cost = table("What it took; verdicts from a cache cost nothing", ("judge",), ("from cache", "requests", "tokens in", "tokens out", "dollars"))
     for line in report.judges:
         name = f"- {line.judge}" if line.panel else line.judge
         dollars = "-" if line.usage.dollars is None else f"{line.usage.dollars:.4f}"
-        counts = (f"{sum(line.missing.values())} of {line.verdicts}", f"{line.cached:,}", f"{line.usage.requests:,}")
-        tokens = (f"{line.usage.input_tokens:,}", f"{line.usage.output_tokens:,}")
         why = "; ".join(f"{count} x {reason}" for reason, count in list(line.missing.items())[:3]) or "-"
-        lines.add_row(escape(name), number(line.mean.value), interval(line.mean, lines), *counts, *tokens, dollars, escape(why))
+        missing = f"{sum(line.missing.values())} of {line.verdicts}"
+        lines.add_row(escape(name), number(line.mean.value), interval(line.mean, lines), missing, escape(why))
+        counts = (line.cached, line.usage.requests, line.usage.input_tokens, line.usage.output_tokens)
+        cost.add_row(escape(name), *(f"{count:,}" for count in counts), dollars)
     console.print(lines)
+    console.print(cost)
     show_agreement(console, report.agreement, "Agreement of judges", worst=worst, codes=report.codes)

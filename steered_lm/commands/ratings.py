@@ -48,7 +48,7 @@ def sheet(
     items: Annotated[int | None, typer.Option(help="How many prompts are drawn; by default all.", min=1)] = None,
     raters: Annotated[int, typer.Option(help="How many sheets; all are of the same prompts, each in an order of its own.", min=1)] = 2,
     repeats: Annotated[float, typer.Option(help="Share of items shown twice, to see how steady a rater is.", min=0.0, max=0.5)] = 0.1,
-    seed: Annotated[int, typer.Option(help="Decides the draw and every order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides the draw and every order.", min=0)] = 0,
     prompt_field: Annotated[str | None, typer.Option(help="Where prompts are, as for steered-lm judge rejudge.")] = None,
 ) -> None:
     """Write blinded sheets that people fill in offline: pairwise compares arms side by side (A/B or A/B/C), other kinds rate single responses."""

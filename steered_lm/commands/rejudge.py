@@ -68,10 +68,10 @@ def rejudge(
         typer.Option(help="Where prompts are: a field of lm-eval's documents, of Inspect's metadata or of JSONL; arguments: lm-eval's whole text."),
     ] = None,
     cache: CacheFile = None,
-    missing_limit: Annotated[float, typer.Option(help="Fail when more than this share of a judge's verdicts is missing.")] = 0.2,
+    missing_limit: Annotated[float, typer.Option(help="Fail when more than this share of a judge's verdicts is missing.", min=0, max=1)] = 0.2,
     limit: Annotated[int | None, typer.Option(help="Judge the first so many samples of each file alone.", min=1)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and ask nothing.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSONL file to write, a line for each sample and judge.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSONL file to write, a line for each sample and judge.", dir_okay=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out when it exists.")] = False,
 ) -> None:
     """Judge saved samples again. Finished verdicts are kept in --cache (by default beside --out), so a run that was stopped goes on from there."""
@@ -97,8 +97,11 @@ def rejudge(
     write_atomic(out, "".join(lines))
     _show(question, samples, judged)
     console.print(f"wrote {len(samples) * len(judged):,} verdicts to {out}; kept in {kept}", soft_wrap=True, markup=False)
-    for _, verdicts in judged:
-        check_missing(verdicts, missing_limit)
+    for one, verdicts in judged:
+        try:
+            check_missing(verdicts, missing_limit)
+        except JudgeError as problem:
+            raise JudgeError(f"judge {one.name}: {problem}") from problem
 
 
 def _read(files: Sequence[Path], prompt_field: str | None, limit: int | None) -> list[SavedSample]:
@@ -148,7 +151,7 @@ def _ask(judge: Judge, requests: Sequence[JudgeRequest], cache: Path) -> list[Ve
     except BudgetReached as stop:
         raise JudgeError(f"{stop} {go_on}") from stop
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"interrupted. {go_on}", soft_wrap=True, highlight=False)
+        Console(stderr=True, emoji=False).print(f"interrupted. {go_on}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(_INTERRUPTED)
 
 
@@ -187,6 +190,8 @@ def _show(question: Question, samples: Sequence[SavedSample], judged: Sequence[_
             console.print(f"file {number}: {file}", highlight=False, markup=False, soft_wrap=True)
     of_file = {number: [i for i, sample in enumerate(samples) if sample.file == file] for number, file in enumerate(files, start=1)}
     console.print(_means(question, samples, judged, of_file))
+    if question.kind == "pairwise":
+        console.print(_pairs(judged, of_file))
     cost = table("What it took; verdicts from the cache cost nothing", ("judge",), ("from cache", "requests", "tokens in", "tokens out", "dollars"))
     for judge, verdicts in judged:
         cost.add_row(escape(judge.name), f"{sum(v.cached for v in verdicts):,} of {len(verdicts):,}", *_usage(spent(verdicts)))
@@ -212,6 +217,19 @@ def _means(question: Question, samples: Sequence[SavedSample], judged: Sequence[
             why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(_REASONS))
             missing = f"{reasons.total()} of {len(chosen)}"
             shown.add_row(escape(judge.name), str(file), number(found.value), interval(found, shown), str(found.n), missing, escape(why) or "-")
+    return shown
+
+
+def _pairs(judged: Sequence[_Judged], of_file: Mapping[int, list[int]]) -> Table:
+    """Return who won, and how often only the order decided: a mean near zero may be ties, or a judge that prefers a place."""
+    shown = table("Pairs, each asked in both orders", ("judge", "file"), ("log wins", "--against wins", "ties", "winner changed when swapped"))
+    for judge, verdicts in judged:
+        for file, chosen in of_file.items():
+            scored = [verdicts[i] for i in chosen if verdicts[i].score is not None]
+            won = Counter(verdict.choice for verdict in scored)
+            told = [verdict.consistent for verdict in scored if verdict.consistent is not None]  # a panel's joint verdict has no order
+            changed = f"{told.count(False)} of {len(told)}" if told else "-"
+            shown.add_row(escape(judge.name), str(file), str(won["A"]), str(won["B"]), str(won["tie"]), changed)
     return shown
 
 

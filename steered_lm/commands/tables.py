@@ -18,9 +18,9 @@ def table(title: str, texts: Sequence[str], numbers: Sequence[str], more_texts: 
     for column in texts:
         made.add_column(column, overflow="fold")
     for column in numbers:
-        made.add_column(column, justify="right")
+        made.add_column(column, justify="right", overflow="fold")  # half a number is a wrong one
     for column in more_texts:
-        made.add_column(column)
+        made.add_column(column, overflow="fold")
     return made
 
 

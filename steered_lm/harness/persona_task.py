@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -67,6 +68,9 @@ class PersonaJudgeTask(ChatTask):
         persona, judge = metadata.get("persona"), metadata.get("judge")
         names = {"persona": persona.name if isinstance(persona, Persona) else persona, "judge": judge.name if isinstance(judge, Judge) else judge}
         given = {key: value for key, value in {**metadata, **names}.items() if key in PersonaJudgeOptions.model_fields and value is not None}
+        for key in metadata.keys() - PersonaJudgeOptions.model_fields.keys():  # other tasks may have keys of their own there
+            if close := get_close_matches(key, PersonaJudgeOptions.model_fields, n=1, cutoff=0.75):
+                logger.warning("--metadata %s is no option of persona_judge and changes nothing; did you mean %s?", key, close[0])
         self.options = PersonaJudgeOptions.parse(given, source="--metadata of persona_judge", error=PersonaError)
         self.persona = persona if isinstance(persona, Persona) else load_persona(self.options.persona)
         self.judge = judge if isinstance(judge, Judge) else self._make_judge(metadata)

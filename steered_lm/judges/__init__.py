@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from steered_lm.judges.question import Question
     from steered_lm.persona.schema import Persona
 
-__all__ = ["ENTRY_POINTS", "PANEL_SUFFIXES", "check_missing", "judge_names", "make_judge", "takes_option"]
+__all__ = ["ENTRY_POINTS", "PANEL_SUFFIXES", "check_missing", "judge_names", "make_judge", "takes_option", "why_missing"]
 
 ENTRY_POINTS = "steered_lm.judges"
 PANEL_SUFFIXES = (".yaml", ".yml")
 """A judge's name that ends so is a panel's file."""
+_SHOWN = 200  # characters of what an endpoint said
 # used from a checkout, where no entry point is registered
 _BUILT_IN = {
     "anthropic": "steered_lm.judges.anthropic:AnthropicJudge",
@@ -103,15 +104,23 @@ def check_missing(verdicts: Sequence["Verdict"], limit: float = 0.2, *, findings
     """Stop when too many verdicts are missing for the others to stand for all; ``findings`` are reasons that are no fault, such as refusals.
 
     Raises:
-        JudgeError: when the missing share exceeds ``limit``; the message counts them and gives the commonest reasons.
+        JudgeError: when the missing share exceeds ``limit``; the message counts them and gives the commonest reasons, and what came in place of an
+            answer.
     """
     if not 0 <= limit <= 1:
         raise JudgeError(f"missing limit={limit!r} is not a share. Allowed: 0 (none may be missing) to 1.")
-    reasons: Mapping[str, int] = Counter(v.missing for v in verdicts if v.missing is not None and v.missing not in findings)
-    missing = sum(reasons.values())
-    if missing and missing / len(verdicts) > limit:
-        common = "; ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(3))
+    faults = [v for v in verdicts if v.missing is not None and v.missing not in findings]
+    if faults and len(faults) / len(verdicts) > limit:
         raise JudgeError(
-            f"{missing} of {len(verdicts)} verdicts are missing ({missing / len(verdicts):.0%}; limit {limit:.0%}). Commonest reasons: {common}. "
+            f"{len(faults)} of {len(verdicts)} verdicts are missing ({len(faults) / len(verdicts):.0%}; limit {limit:.0%}). "
+            f"Commonest reasons: {why_missing(faults)}. "
             "Mend the judge and start again: finished verdicts are in the cache, and a run goes on from its log."
         )
+
+
+def why_missing(verdicts: Sequence["Verdict"]) -> str:
+    """Return the commonest reasons, and what came in place of an answer, for example; empty when none is missing."""
+    reasons = Counter(v.missing for v in verdicts if v.missing is not None).most_common(3)
+    told = next((v.explanation for reason, _ in reasons for v in verdicts if v.missing == reason and v.explanation.strip()), None)
+    common = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    return common if told is None else f"{common}. What came, for example: {' '.join(told.split())!r:.{_SHOWN}}"

@@ -1,11 +1,11 @@
 """The parts of an audit: each looks at one thing about a judge, and says what it found with an interval and in a sentence."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from scipy.stats import binomtest
 
+from steered_lm.judges import why_missing
 from steered_lm.judges.audit_items import AuditItem, Sort
 from steered_lm.judges.audit_report import Outcome, Part
 from steered_lm.judges.base import Verdict
@@ -67,7 +67,7 @@ def missing_part(found: Judged, limit: float) -> Part:
     """Count what has no score."""
     total, lost = len(found.verdicts), [v.missing for v in found.verdicts if v.missing is not None]
     share = share_interval(len(lost), total)
-    common = "; ".join(f"{count} x {reason}" for reason, count in Counter(lost).most_common(3))
+    common = why_missing(found.verdicts)
     outcome: Outcome = "fail" if len(lost) > limit * total else "warn" if lost else "pass"
     return Part(
         name="missing", outcome=outcome, sentence=f"{len(lost)} of {total} verdicts are missing{f': {common}' if common else ''}.", estimate=share

@@ -74,6 +74,8 @@ class Endpoint(Limits):
             raise JudgeError(
                 "base_url must be http(s)://host/path without user, password or query; its value is not shown here, as it may hold a key."
             )
+        if not options.get("model"):
+            raise JudgeError(f"judge {defaults.judge} needs a model. Write {defaults.judge}:<model>, with the endpoint's name of it.")
         given = {"key_env": defaults.key_env, **options, "base_url": url.rstrip("/")}
         return cls.parse(given, source=f"judge {defaults.judge}", error=JudgeError)
 

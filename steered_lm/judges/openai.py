@@ -47,8 +47,13 @@ async def _ask(session: aiohttp.ClientSession, url: str, model: str, turn: Turn)
             status, headers = response.status, response.headers
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as problem:
         raise UnreachableError(str(problem)) from None
+    # never aiohttp's own words for these: they hold the address that was asked, and a proxy's address may hold a password
+    except aiohttp.ClientHttpProxyError as problem:
+        raise UnreachableError(f"the proxy answered {problem.status} {problem.message}") from None
+    except aiohttp.ClientResponseError as problem:
+        raise GarbageError(f"no HTTP response: {problem.message}") from None
     except aiohttp.ClientError as problem:
-        raise GarbageError(str(problem)) from None
+        raise UnreachableError(f"{type(problem).__name__}: the address or that of the proxy is none") from None
     body = _parsed(content)
     if not 200 <= status < 300:
         raise RefusedError(status, content.decode(errors="replace") if body is None else error_message(body), headers)
@@ -87,7 +92,8 @@ def _answer(body: Any) -> Answer:
     first = choices[0] if isinstance(choices, list) and choices else None
     message = first.get("message") if isinstance(first, dict) else None
     if not isinstance(first, dict) or not isinstance(message, dict):
-        raise GarbageError("no chat completion")
+        said = f": {error_message(body)}" if isinstance(body, dict) and "error" in body else ""  # proxies of many models answer 200 and an error
+        raise GarbageError(f"no chat completion{said}")
     content, refusal, ending = message.get("content"), message.get("refusal"), first.get("finish_reason")
     return Answer(
         text=str(refusal or (content if isinstance(content, str) else "")),

@@ -29,13 +29,22 @@ class Verdicts(NamedTuple):
     judges: dict[str, dict[str, Verdict]]
 
     def raters(self) -> dict[str, dict[str, Verdict]]:
-        """Return the verdicts by those who gave them: a panel's are left out, as they are made of its members', which are there instead."""
+        """Return the verdicts by those who gave them: a panel's are left out, as they are made of its members', which are there instead.
+
+        Raises:
+            JudgeError: when a panel's member says another thing of an item than a judge of its name elsewhere.
+        """
         found: dict[str, dict[str, Verdict]] = {name: dict(given) for name, given in self.judges.items() if not any(map(_of_panel, given.values()))}
         for given in self.judges.values():
             for item, verdict in given.items():
                 if _of_panel(verdict):
                     for name, part in members(verdict).items():
-                        found.setdefault(name, {}).setdefault(item, part)
+                        before = found.setdefault(name, {}).setdefault(item, part)
+                        if (before.score, before.missing) != (part.score, part.missing):
+                            raise JudgeError(
+                                f"two judges are called {name}, a member of {verdict.judge} one of them, and they differ on {item}. "
+                                "Give the panel's verdicts in a run of their own."
+                            )
         return found
 
 
