@@ -2,9 +2,10 @@
 
 from inspect_ai.model import ModelAPI, modelapi
 
+from steered_lm.inspect_plugin.benchmarks import mmlu, truthfulqa_gen, truthfulqa_mc1
 from steered_lm.inspect_plugin.tasks import persona_judge
 
-__all__ = ["persona_judge", "steered_hf"]
+__all__ = ["mmlu", "persona_judge", "steered_hf", "truthfulqa_gen", "truthfulqa_mc1"]
 
 
 @modelapi(name="steered-hf")
