@@ -1,6 +1,5 @@
 """TruthfulQA and MMLU in Inspect: the items of lm-eval's tasks, answered by a letter or in words instead of by log-likelihood."""
 
-import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from random import Random
 from typing import Any
@@ -207,7 +206,7 @@ def truthfulness(judge: str, items: int, cache: str | None = None, missing_limit
     """
     with plain_refusals():
         judges = truthful_judges(judge, cache=cache, **options)
-        gates = {kind: MissingGate(items, missing_limit) for kind in KINDS}
+        gates: dict[str, MissingGate] = {kind: MissingGate(items, missing_limit) for kind in KINDS}
         askers = {kind: _asker(made) for kind, made in judges.items()}
 
     async def score(state: TaskState, target: Target) -> Score:
