@@ -154,10 +154,9 @@ def test_a_named_persona_and_judge_need_nothing_but_names(lm):
     assert found["configs"]["persona_judge"]["metadata"]["persona"] == "walt"
 
 
-def test_our_tasks_are_listed_under_one_tag():
+def test_tasks_that_need_no_data_of_the_user_share_a_tag():
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    assert set(manager.all_subtasks) == {"persona_judge", "tiny_knowledge", "tiny_truth"}
-    assert manager.all_tags == ["steered_lm"]
+    assert set(manager.task_index["steered_lm"].tags) == {"persona_judge", "tiny_knowledge", "tiny_truth"}
 
 
 @pytest.mark.parametrize("name", ["tiny_knowledge", "tiny_truth"])

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import yaml
+from hub_folder import save_small_data
 
 from steered_lm.content import TINY_CHAT, resolve_model
 
@@ -78,7 +79,7 @@ def test_lm_eval_takes_the_inline_form_the_shipped_model_s_name_and_another_pers
 def test_lm_eval_lists_our_tasks(bench):
     _, run = bench
     listed = run("lm_eval", "ls", "tasks").stdout
-    assert all(name in listed for name in ("persona_judge", "tiny_knowledge", "tiny_truth"))
+    assert all(name in listed for name in ("persona_judge", "tiny_knowledge", "tiny_truth", "steered_truthfulqa_gen", "steered_mmlu_virology"))
 
 
 def test_a_wrong_spec_ends_lm_eval_with_our_sentence(bench):
@@ -125,3 +126,23 @@ def test_both_harnesses_give_the_same_score(bench):
     run("lm_eval", *arguments, "--output_path", "same_lm_eval", "--log_samples")
     scores, _ = results(folder / "same_lm_eval")
     assert metrics["persona_fit"]["mean"]["value"] == pytest.approx(scores["results"]["persona_judge"]["persona_fit,none"], abs=1e-4)
+
+
+def test_both_harnesses_run_truthfulqa_and_mmlu_on_local_files(bench):
+    folder, run = bench
+    save_small_data(folder / "local")
+    arguments = ["--model", "steered-hf", "--model_args", f"pretrained={TINY_CHAT},steering=spec.yaml", "--metadata", '{"data": "local"}']
+    tasks = "steered_truthfulqa_mc1,steered_truthfulqa_mc2,steered_mmlu_astronomy"
+    run("lm_eval", *arguments, "--tasks", tasks, "--batch_size", "16", "--output_path", "choices", "--log_samples")
+    (file,) = (folder / "choices").rglob("results_*.json")
+    assert {scores["sample_len"] for scores in json.loads(file.read_text())["results"].values()} == {6}
+    run(
+        "inspect", "eval", "steered_lm/mmlu", "steered_lm/truthfulqa_mc1", "--model", f"steered-hf/{TINY_CHAT}", "-M", "steering=spec.yaml",
+        "-T", "data=local", "--log-dir", "choices_logs", "--log-format", "json", "--display", "plain",
+    )  # fmt: skip
+    logs = [json.loads(log.read_text()) for log in (folder / "choices_logs").glob("*.json")]
+    assert {(log["eval"]["task"], log["status"]) for log in logs} == {("steered_lm/mmlu", "success"), ("steered_lm/truthfulqa_mc1", "success")}
+    (file,) = (folder / "choices").rglob("samples_steered_truthfulqa_mc1_*")
+    lm_eval = [json.loads(line)["doc"]["id"] for line in file.read_text().splitlines()]
+    (inspect,) = [log for log in logs if log["eval"]["task"] == "steered_lm/truthfulqa_mc1"]
+    assert sorted(lm_eval) == sorted(sample["id"] for sample in inspect["samples"])
