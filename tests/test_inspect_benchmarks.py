@@ -3,15 +3,17 @@ import gc
 import json
 from typing import Any, ClassVar
 
+import lm_eval
 import pytest
 from chat_folder import save_chat_model
-from hub_folder import choice_row, save_small_data, write_lines
+from hub_folder import choice_row, free_row, save_small_data, write_lines
 from inspect_ai import eval as inspect_eval
 from inspect_ai.model import ModelAPI, ModelOutput, modelapi
 from lm_eval.tasks import TaskManager
 from tiny_harness import TASKS
 
 from steered_lm.benchmarks.folder import VARIABLE
+from steered_lm.harness.model import SteeredHFLM
 from steered_lm.inspect_plugin.refusal import RefusalError
 from steered_lm.inspect_plugin.registry import mmlu, truthfulqa_gen, truthfulqa_mc1
 
@@ -214,3 +216,21 @@ def test_steered_hf_answers_the_items(run, tmp_path):
     assert len(log.samples) == 12
     assert metrics["accuracy"] + metrics["unanswered"] / 12 <= 1
     assert all(sample.output.usage.output_tokens <= 4 and sample.output.metadata == {"steering": None} for sample in log.samples)
+
+
+def test_free_answers_are_the_same_in_both_harnesses(run, data, tmp_path):
+    # in letters that the tiny model's tokenizer has
+    questions = ("do dogs jump over foxes?", "does soup read letters?", "is my brother lazy?", "is the sister over very quick jugs?")
+    write_lines(data / "truthfulqa" / "generation.jsonl", [free_row(0) | {"question": question} for question in questions])
+    folder = save_chat_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    log, _ = run(truthfulqa_gen, None, model=f"steered-hf/{folder}", max_tokens=24)
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    lm = SteeredHFLM(str(folder), device="cpu", batch_size=8)
+    found = lm_eval.simple_evaluate(
+        model=lm, tasks=["steered_truthfulqa_gen"], task_manager=manager, apply_chat_template=True, gen_kwargs={"max_gen_toks": 24}, bootstrap_iters=0
+    )
+    theirs = {sample["doc"]["id"]: sample["resps"][0][0] for sample in found["samples"]["steered_truthfulqa_gen"]}
+    assert {sample.id: sample.output.completion for sample in log.samples} == theirs
+    assert len(set(theirs.values())) > 1
