@@ -10,7 +10,7 @@ PACKAGE = REPOSITORY / "steered_lm"
 # The layer of each file or folder of the package; imports run downward, or sideways within a layer.
 LAYERS = {
     **dict.fromkeys(("__init__", "errors", "config", "content", "chat", "stats", "_content"), 0),
-    **dict.fromkeys(("steering", "extract", "engine", "judges", "lamp", "persona", "search", "tiny_chat"), 1),
+    **dict.fromkeys(("benchmarks", "steering", "extract", "engine", "judges", "lamp", "persona", "search", "tiny_chat"), 1),
     **dict.fromkeys(("harness", "inspect_plugin", "report", "trait_models"), 2),
     **dict.fromkeys(("cli", "_autoload", "arms", "demo", "progress", "study", "commands"), 3),
 }
@@ -75,7 +75,7 @@ def test_imports_run_downward_and_harnesses_stay_in_their_rooms(path):
 
 
 def test_importing_the_package_and_its_light_rooms_loads_no_heavy_library(tmp_path):
-    light = rooms_with_modules("errors", "config", "content", "chat", "judges", "lamp", "persona", "search")
+    light = rooms_with_modules("benchmarks", "errors", "config", "content", "chat", "judges", "lamp", "persona", "search")
     assert loaded_after([["steered_lm"], light, ["steered_lm.inspect_plugin.registry"]], tmp_path) == [set(), set(), {"inspect_ai"}]
 
 

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import yaml
+from hub_folder import save_small_data
 from lamp_data import write_lamp
 
 from steered_lm.content import TINY_CHAT, resolve_model
@@ -79,7 +80,8 @@ def test_lm_eval_takes_the_inline_form_the_shipped_model_s_name_and_another_pers
 def test_lm_eval_lists_our_tasks(bench):
     _, run = bench
     listed = run("lm_eval", "ls", "tasks").stdout
-    assert all(name in listed for name in ("persona_judge", "tiny_knowledge", "tiny_truth", "lamp_1", "lamp_7"))
+    ours = ("persona_judge", "tiny_knowledge", "tiny_truth", "lamp_1", "lamp_7", "pv_humorous", "steered_truthfulqa_gen", "steered_mmlu_virology")
+    assert all(name in listed for name in ours)
 
 
 def test_a_wrong_spec_ends_lm_eval_with_our_sentence(bench):
@@ -154,3 +156,23 @@ def test_lamp_runs_under_both_stock_commands_with_the_same_numbers(bench):
     (log,) = (folder / "lamp_logs").glob("*.json")
     theirs = {score["name"]: score["metrics"]["mean"]["value"] for score in json.loads(log.read_text())["results"]["scores"]}
     assert theirs == pytest.approx({name: ours[f"{name},none"] for name in ("rouge1", "rougeL")})
+
+
+def test_both_harnesses_run_truthfulqa_and_mmlu_on_local_files(bench):
+    folder, run = bench
+    save_small_data(folder / "local")
+    arguments = ["--model", "steered-hf", "--model_args", f"pretrained={TINY_CHAT},steering=spec.yaml", "--metadata", '{"data": "local"}']
+    tasks = "steered_truthfulqa_mc1,steered_truthfulqa_mc2,steered_mmlu_astronomy"
+    run("lm_eval", *arguments, "--tasks", tasks, "--batch_size", "16", "--output_path", "choices", "--log_samples")
+    (file,) = (folder / "choices").rglob("results_*.json")
+    assert {scores["sample_len"] for scores in json.loads(file.read_text())["results"].values()} == {6}
+    run(
+        "inspect", "eval", "steered_lm/mmlu", "steered_lm/truthfulqa_mc1", "--model", f"steered-hf/{TINY_CHAT}", "-M", "steering=spec.yaml",
+        "-T", "data=local", "--log-dir", "choices_logs", "--log-format", "json", "--display", "plain",
+    )  # fmt: skip
+    logs = [json.loads(log.read_text()) for log in (folder / "choices_logs").glob("*.json")]
+    assert {(log["eval"]["task"], log["status"]) for log in logs} == {("steered_lm/mmlu", "success"), ("steered_lm/truthfulqa_mc1", "success")}
+    (file,) = (folder / "choices").rglob("samples_steered_truthfulqa_mc1_*")
+    lm_eval = [json.loads(line)["doc"]["id"] for line in file.read_text().splitlines()]
+    (inspect,) = [log for log in logs if log["eval"]["task"] == "steered_lm/truthfulqa_mc1"]
+    assert sorted(lm_eval) == sorted(sample["id"] for sample in inspect["samples"])

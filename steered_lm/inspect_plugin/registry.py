@@ -2,6 +2,7 @@
 
 from inspect_ai.model import ModelAPI, modelapi
 
+from steered_lm.inspect_plugin.benchmarks import mmlu, truthfulqa_gen, truthfulqa_mc1
 from steered_lm.inspect_plugin.lamp import lamp_1, lamp_2, lamp_3, lamp_4, lamp_5, lamp_6, lamp_7
 from steered_lm.inspect_plugin.tasks import persona_judge
 from steered_lm.inspect_plugin.traits import (
@@ -23,6 +24,7 @@ __all__ = [
     "lamp_5",
     "lamp_6",
     "lamp_7",
+    "mmlu",
     "persona_judge",
     "pv_apathetic",
     "pv_evil",
@@ -33,6 +35,8 @@ __all__ = [
     "pv_sycophantic",
     "pv_trait",
     "steered_hf",
+    "truthfulqa_gen",
+    "truthfulqa_mc1",
 ]
 
 

@@ -94,7 +94,7 @@ def persona_fit(
     with plain_refusals():
         loaded = load_persona(persona)
         options = _judge_options(judge_options)
-        gate = _MissingGate(len(loaded.items(split)), missing_limit)
+        gate = MissingGate(len(loaded.items(split)), missing_limit)
         role = InspectJudge.for_question(Question.of_persona(loaded), **(options if judge == "inspect" else {}))
         asker = None if GRADER in model_roles() else _asker(loaded, judge, cache, options)
 
@@ -113,7 +113,7 @@ def persona_fit(
     return score
 
 
-class _MissingGate:
+class MissingGate:
     """Ends a run in which too many verdicts are missing, as soon as that is certain."""
 
     def __init__(self, items: int, limit: float) -> None:
