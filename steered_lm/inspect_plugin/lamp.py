@@ -12,7 +12,7 @@ from inspect_ai.solver import TaskState, generate
 
 from steered_lm.inspect_plugin.grader import GRADER, InspectJudge
 from steered_lm.inspect_plugin.refusal import plain_refusals
-from steered_lm.inspect_plugin.tasks import _asker, _judge_options, _MissingGate, total
+from steered_lm.inspect_plugin.tasks import MissingGate, _asker, _judge_options, total
 from steered_lm.lamp.author import author_question, author_request, refuse_stylometric
 from steered_lm.lamp.items import STOP, LampOptions, make_items, parse_options
 from steered_lm.lamp.metrics import Labelled, root_mean, score_answer
@@ -234,7 +234,7 @@ def lamp_author_fit(items: int, judge: str | None = None, cache: str | None = No
         refuse_stylometric(judge or "")
         question = author_question()
         options = _judge_options(judge_options)
-        gate = _MissingGate(items, missing_limit)
+        gate = MissingGate(items, missing_limit)
         role = InspectJudge.for_question(question, **(options if judge == "inspect" else {}))
         asker = None if judge is None or GRADER in model_roles() else _asker(question, judge, cache, options)
 

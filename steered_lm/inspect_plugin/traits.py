@@ -15,7 +15,7 @@ from inspect_ai.solver import TaskState, generate
 from steered_lm.errors import near_misses
 from steered_lm.inspect_plugin.grader import GRADER, InspectJudge
 from steered_lm.inspect_plugin.refusal import plain_refusals
-from steered_lm.inspect_plugin.tasks import _asker, _MissingGate, total
+from steered_lm.inspect_plugin.tasks import MissingGate, _asker, total
 from steered_lm.judges.base import REFUSAL, JudgeRequest, Verdict
 from steered_lm.judges.question import Question
 from steered_lm.judges.trait_run import COUNTS, MEANS, JudgedResponse, TraitQuestion, TraitRun, judge_options, response_values
@@ -188,7 +188,7 @@ class _Asked:
     """One question about every reply: whoever answers it, and how many answers are missing."""
 
     def __init__(self, run: TraitRun, question: Question, options: dict[str, Any], replies: int) -> None:
-        self._gate = _MissingGate(replies, run.missing_limit)
+        self._gate = MissingGate(replies, run.missing_limit)
         self._role = InspectJudge.for_question(question, **(options if run.judge in (None, "inspect") else {}))
         self._make = partial(_asker, question, str(run.judge), run.cache, options)
         # what is wrong with a judge is said before the model runs
