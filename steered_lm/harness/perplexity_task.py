@@ -2,25 +2,24 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from steered_lm.config import Config
 from steered_lm.errors import UserError
 from steered_lm.harness.chat_task import ChatTask
 from steered_lm.harness.rolling import TokenLikelihood
-from steered_lm.measure.texts import Split, our_text, read_documents
+from steered_lm.measure.texts import ENGLISH, Split, read_documents, text_file
 
 
 class PerplexityOptions(Config):
     """What ``--metadata`` chooses.
 
     Attributes:
-        text: a text file, or JSONL with ``text`` in each line; None is the short text that comes with the package.
+        text: a text file, JSONL with ``text`` in each line, or a text of ours: ``english``, ``tiny_talk``.
         split: where a document of a text file ends: ``paragraph``, ``line`` or ``file``.
     """
 
-    text: str | None = None
+    text: str = ENGLISH
     split: Split = "paragraph"
 
 
@@ -46,8 +45,8 @@ class PerplexityTask(ChatTask):
         Raises:
             UserError: when the file is missing or holds no text.
         """
-        path = our_text() if self.options.text is None else Path(self.options.text).expanduser()
-        return [{"id": number, "text": text} for number, text in enumerate(read_documents(path, self.options.split), start=1)]
+        found = read_documents(text_file(self.options.text), self.options.split)
+        return [{"id": number, "text": text} for number, text in enumerate(found, start=1)]
 
 
 def perplexity_metrics(doc: Mapping[str, Any], results: Sequence[float]) -> dict[str, tuple[float, int]]:

@@ -3,18 +3,33 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from steered_lm.content import content_dir
 from steered_lm.errors import UserError, near_misses
 
 Split = Literal["paragraph", "line", "file"]
+ENGLISH = "english"
+"""The short text of ours that is used when none is named."""
 _FIELD = "text"
 
 
-def our_text() -> Path:
-    """Return the short text that comes with the package."""
-    return content_dir("tasks") / "perplexity" / "text.txt"
+def text_file(name: Path | str) -> Path:
+    """Return a text's path: of one of ours by name (``english``, or ``tiny_talk`` in the tiny chat model's own language), or as it is given."""
+    ours = content_dir("tasks") / "perplexity" / f"{name}.txt"
+    return ours if Path(name).name == str(name) and ours.is_file() else Path(name).expanduser()
+
+
+def as_split(name: str) -> Split:
+    """Return a split by its name.
+
+    Raises:
+        UserError: when there is none of that name.
+    """
+    for known in get_args(Split):
+        if known == name:
+            return cast(Split, known)
+    raise UserError(f"split={name!r} is not known. {near_misses(name, get_args(Split))}")
 
 
 def read_documents(path: Path, split: Split = "paragraph") -> list[str]:
@@ -27,8 +42,6 @@ def read_documents(path: Path, split: Split = "paragraph") -> list[str]:
     Raises:
         UserError: when the file is missing, no text in UTF-8, holds no document, or a line has no ``text``.
     """
-    if split not in get_args(Split):
-        raise UserError(f"split={split!r} is not known. {near_misses(str(split), get_args(Split))}")
     whole = read_text(path)
     if path.suffix == ".jsonl":
         found = [_text_of(data, where) for where, data in read_objects(path, whole)]
