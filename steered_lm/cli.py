@@ -1,4 +1,4 @@
-"""The command line: ``steered-lm vectors | persona | judge | measure | optimize | eval | demo | report``."""
+"""The command line: ``steered-lm vectors | persona | judge | measure | monitor | optimize | eval | demo | report``."""
 
 import json
 import logging
@@ -16,6 +16,7 @@ from rich.table import Table
 import steered_lm
 from steered_lm.commands.judge import judge_app
 from steered_lm.commands.measure import measure_app
+from steered_lm.commands.monitor import monitor_app
 from steered_lm.commands.options import JudgeOptions, parse_options
 from steered_lm.content import TINY_CHAT
 from steered_lm.errors import UserError
@@ -32,6 +33,7 @@ app.add_typer(persona_app, name="persona")
 app.add_typer(report_app, name="report")
 app.add_typer(judge_app, name="judge")
 app.add_typer(measure_app, name="measure")
+app.add_typer(monitor_app, name="monitor")
 
 ModelName = Annotated[str, typer.Option("--model", help="Hub id, folder, or steered-lm/tiny-chat (the tiny model that ships with the package).")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:0, mps or cpu; by default what is there.")]
