@@ -78,7 +78,7 @@ def test_lm_eval_takes_the_inline_form_the_shipped_model_s_name_and_another_pers
 def test_lm_eval_lists_our_tasks(bench):
     _, run = bench
     listed = run("lm_eval", "ls", "tasks").stdout
-    assert all(name in listed for name in ("persona_judge", "tiny_knowledge", "tiny_truth"))
+    assert all(name in listed for name in ("persona_judge", "tiny_knowledge", "tiny_truth", "steered_perplexity"))
 
 
 def test_a_wrong_spec_ends_lm_eval_with_our_sentence(bench):
