@@ -15,11 +15,12 @@ from steered_lm.errors import SpecError, UserError
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.measure.divergence import calibrate_alpha, calibrated, kl_to_unsteered, with_alpha
 from steered_lm.measure.examples import read_examples
-from steered_lm.measure.fluency import distinct_n, fluency, repetition, words
+from steered_lm.measure.fluency import distinct_n, fluency, repetition
 from steered_lm.measure.means import TokenMean, exponentiated
 from steered_lm.measure.passages import Passage, read_passages, windows
 from steered_lm.measure.perplexity import perplexities
 from steered_lm.measure.texts import read_documents, text_file
+from steered_lm.persona.style import words
 from steered_lm.stats import mean_interval
 from steered_lm.steering.compile import Layout
 from steered_lm.steering.spec import SteeringSpec

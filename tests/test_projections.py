@@ -122,7 +122,7 @@ def test_the_command_writes_columns_and_a_page(folder, loaded, rows, tmp_path):
     assert first["formality/1/difference"] == pytest.approx(first["formality/1/response"] - first["formality/1/own"])
     assert lines[1]["formality/1/response"] is None
     page = (tmp_path / "m.html").read_text()
-    assert "projection difference" in page
+    assert "the projection difference" in page
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=", page.replace(get_plotlyjs(), ""))
     assert "default-src 'none'" in page
     done = invoke(folder, tmp_path / "m.csv", "--traits", "formality")

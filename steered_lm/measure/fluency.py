@@ -1,13 +1,11 @@
 """Variety, repetition and length of responses: cheap signs of a model that was steered too hard."""
 
-import re
 from collections.abc import Sequence
 
 from steered_lm.config import Config
 from steered_lm.errors import UserError
+from steered_lm.persona.style import words
 from steered_lm.stats import Estimate, mean_interval
-
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 class Fluency(Config):
@@ -53,11 +51,6 @@ def fluency(responses: Sequence[str], sizes: Sequence[int] = (1, 2, 3)) -> Fluen
         repetition=tuple(repetition(found) for found in split),
         words=tuple(map(len, split)),
     )
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without punctuation."""
-    return _WORD.findall(text.lower())
 
 
 def distinct_n(found: Sequence[str], n: int) -> float | None:
