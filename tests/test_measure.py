@@ -293,3 +293,11 @@ def test_the_commands_print_tables_and_write_every_number(folder, spec, tmp_path
     assert json.loads((tmp_path / "f.json").read_text())[str(tmp_path / "r.jsonl")]["words"] == [4, 2]
     with pytest.raises(UserError, match="split='lines' is not known. .*Did you mean 'line'"):
         raise invoke("perplexity", *common[:4], "--split", "lines").exception
+
+
+def test_below_the_first_steered_block_all_specs_share_one_pass(folder, spec, texts):
+    lm = SteeredHFLM(pretrained=str(folder), device="cpu", batch_size=8)
+    upper = SteeringSpec.model_validate({**spec.model_dump(), "layers": (2,)})
+    perplexities(lm.engine, texts, [None, *(with_alpha(upper, alpha) for alpha in (1.0, 2.0, 3.0))], length=lm.max_length)
+    facts = lm.engine.report
+    assert facts.upper_tokens == 4 * facts.lower_tokens

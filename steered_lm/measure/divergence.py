@@ -175,7 +175,9 @@ def calibrated(steerer: Steerer, passages: Sequence[Passage], spec: SteeringSpec
         raise SpecError("the spec has no weight that is not zero, so no alpha takes it away from the unsteered model. Give it weights.")
 
     def mean_kl(alpha: float) -> float | None:
-        return kl_to_unsteered(steerer, passages, [with_alpha(spec, sign * alpha)], length=length, overlap=overlap)[0].mean
+        (found,) = kl_to_unsteered(steerer, passages, [with_alpha(spec, sign * alpha)], length=length, overlap=overlap)
+        # a mean over what is left of the text would be another text's
+        return None if None in found.totals else found.mean
 
     found = calibrate_alpha(mean_kl, target, start=abs(spec.alpha) or 0.1)
     return found.model_copy(update={"alpha": sign * found.alpha, "tried": tuple((sign * alpha, kl) for alpha, kl in found.tried)})
