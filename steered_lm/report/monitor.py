@@ -39,8 +39,7 @@ class MonitorRow(Config):
     Attributes:
         trait, layer, norm: the direction, and the stream's median norm there.
         response: mean projection of the responses.
-        own: mean projection of the model's own responses.
-        difference: the mean of their paired differences.
+        difference: the mean of the paired differences to the model's own responses; None without them.
         with_score: rank correlation of projection and score.
         with_prompt: rank correlation of the response's projection and the last prompt token's.
     """
