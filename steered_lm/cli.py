@@ -1,4 +1,4 @@
-"""The command line: ``steered-lm vectors | persona | traits | judge | optimize | eval | demo | report``."""
+"""The command line: ``steered-lm vectors | persona | traits | judge | lamp | measure | monitor | optimize | eval | demo | report``."""
 
 import json
 import logging
@@ -16,6 +16,8 @@ from rich.table import Table
 import steered_lm
 from steered_lm.commands.judge import judge_app
 from steered_lm.commands.lamp import lamp_app, persona_from_lamp
+from steered_lm.commands.measure import measure_app
+from steered_lm.commands.monitor import monitor_app
 from steered_lm.commands.options import JudgeOptions, parse_options
 from steered_lm.commands.traits import traits_app
 from steered_lm.content import TINY_CHAT
@@ -35,6 +37,8 @@ app.add_typer(judge_app, name="judge")
 app.add_typer(traits_app, name="traits")
 app.add_typer(lamp_app, name="lamp")
 persona_app.command("from-lamp")(persona_from_lamp)
+app.add_typer(measure_app, name="measure")
+app.add_typer(monitor_app, name="monitor")
 
 ModelName = Annotated[str, typer.Option("--model", help="Hub id, folder, or steered-lm/tiny-chat (the tiny model that ships with the package).")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:0, mps or cpu; by default what is there.")]
@@ -97,13 +101,19 @@ def vectors_build(
     model: ModelName = TINY_CHAT,
     traits: Annotated[str, typer.Option(help="Comma-separated traits of ours or contrast-set files; all: every one of ours.")] = "all",
     layers: Annotated[str, typer.Option(help="0-indexed blocks such as 4 or 3,4,5; auto: two thirds of the depth; all.")] = "auto",
-    method: Annotated[str, typer.Option(help="svd, mean_diff or pca.")] = "svd",
+    method: Annotated[str | None, typer.Option(help="svd, mean_diff or pca; by default svd, with --judge mean_diff.")] = None,
     pooling: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last.")] = "response_mean",
     pairs: Annotated[int, typer.Option(help="Contrast pairs a trait to build on.", min=2)] = 120,
     held_out_pairs: Annotated[int, typer.Option(help="Held-out contrast pairs a trait to check on.", min=1)] = 60,
     pairs_file: Annotated[Path | None, typer.Option(help='Use this older pair list instead: {"R1": [{"pos": …, "neg": …}]}.')] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the model's own responses.", min=1)] = 64,
     allow_chance: Annotated[bool, typer.Option(help="Keep directions that separate held-out pairs no better than chance.")] = False,
+    judge: Annotated[
+        str | None, typer.Option(help="Keep only responses that this judge confirms (trait and coherence), as in Persona Vectors: openai:<model>, …")
+    ] = None,
+    judge_option: JudgeOptions = [],  # noqa: B006 - typer takes a list as default and copies it
+    judge_cache: Annotated[Path | None, typer.Option(help="SQLite file that keeps verdicts between runs.")] = None,
+    missing_limit: Annotated[float, typer.Option(help="--judge: stop when more than this share of judgements failed.", min=0, max=1)] = 0.2,
     device: Device = None,
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
@@ -115,8 +125,9 @@ def vectors_build(
     from steered_lm.study import build
 
     names = available_traits() if traits == "all" and pairs_file is None else [] if traits == "all" else [t.strip() for t in traits.split(",")]
-    settings: dict[str, Any] = {"method": method, "pooling": pooling, "pairs": pairs, "held_out_pairs": held_out_pairs, "seed": seed}
-    settings |= {"max_new_tokens": max_new_tokens, "allow_chance": allow_chance}
+    chosen = method or ("svd" if judge is None else "mean_diff")
+    settings: dict[str, Any] = {"method": chosen, "pooling": pooling, "pairs": pairs, "held_out_pairs": held_out_pairs, "seed": seed}
+    settings |= {"max_new_tokens": max_new_tokens, "allow_chance": allow_chance, "missing_limit": missing_limit}
     with StepBar(console) as bar:
         made = build(
             _model(model, device, dtype, batch_size, prompt_format),
@@ -126,9 +137,13 @@ def vectors_build(
             pairs_file=pairs_file,
             cache=out.parent / f"{out.stem}.cache",
             progress=bar,
+            judge=judge,
+            judge_options=parse_options(judge_option),
+            judge_cache=judge_cache,
             **settings,
         )
     console.print(_vectors_table(made))
+    _show_confirmed(made)
     console.print(
         f"wrote {out}. Use it: --model_args pretrained={model},vectors={out},layer={made.meta.layers[0]},alpha=0.4,weights={made.meta.traits[0]}:1",
         soft_wrap=True,
@@ -148,6 +163,17 @@ def vectors_show(path: Annotated[Path, typer.Argument(help="A trait-vectors file
         soft_wrap=True,
     )
     console.print(_vectors_table(vectors))
+    _show_confirmed(vectors)
+
+
+def _show_confirmed(vectors: Any) -> None:
+    for trait, found in vectors.meta.confirmed.items():
+        table = Table(title=escape(f"{trait}: responses confirmed by {found.trait_judge} (trait) and {found.coherence_judge} (coherence)"))
+        for column in ("split/side", "generated", "kept", "wrong side", "incoherent", "missing"):
+            table.add_column(column, justify="left" if column == "split/side" else "right")
+        for name, counts in found.counts.items():
+            table.add_row(name, *map(str, counts.model_dump().values()))
+        console.print(table)
 
 
 def _vectors_table(vectors: Any) -> Table:

@@ -1,8 +1,8 @@
 """One persona, one model, one judge: everything that a search and a comparison share, built once."""
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -291,11 +291,15 @@ def build(
     pairs_file: Path | None = None,
     cache: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    judge: str | None = None,
+    judge_options: Mapping[str, Any] | None = None,
+    judge_cache: Path | None = None,
     **settings: Any,
 ) -> "TraitVectors":
-    """Build trait vectors with a freshly loaded model and write them to ``out``."""
+    """Build trait vectors with a freshly loaded model and write them to ``out``; with a judge, from responses that it confirms."""
     from steered_lm.extract.build import ExtractConfig, build_vectors
     from steered_lm.extract.contrast import load_contrast_set, load_pair_lists
+    from steered_lm.judges import make_judge
     from steered_lm.steering.blocks import layer_count
 
     sets = load_pair_lists(pairs_file) if pairs_file is not None else [load_contrast_set(t) for t in traits]
@@ -303,8 +307,9 @@ def build(
         sets = [s for s in sets if s.trait in traits]
     rows = {} if config.batch_size == "auto" else {"batch_size": config.batch_size}
     options = ExtractConfig.parse({**settings, "prompt_format": config.prompt_format, **rows}, source="vectors build")
+    judge_of = None if judge is None else partial(make_judge, judge, cache=judge_cache, **(judge_options or {}))
     model, tokenizer = load_model(config)
     chosen = parse_layers(layers, layer_count(model))
-    vectors = build_vectors(model, tokenizer, sets, chosen, options, model_id=config.model, cache=cache, progress=progress)
+    vectors = build_vectors(model, tokenizer, sets, chosen, options, model_id=config.model, cache=cache, progress=progress, judge=judge_of)
     vectors.save(out)
     return vectors

@@ -99,7 +99,7 @@ def test_every_task_is_listed_in_a_group_without_any_data(monkeypatch):
     monkeypatch.delenv("STEERED_LM_DATA", raising=False)
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
     assert set(NAMES) <= set(manager.all_subtasks)
-    assert manager.all_groups == ["lamp"]
+    assert "lamp" in manager.all_groups
     assert set(NAMES) <= set(registry.__all__)
 
 

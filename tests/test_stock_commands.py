@@ -80,7 +80,16 @@ def test_lm_eval_takes_the_inline_form_the_shipped_model_s_name_and_another_pers
 def test_lm_eval_lists_our_tasks(bench):
     _, run = bench
     listed = run("lm_eval", "ls", "tasks").stdout
-    ours = ("persona_judge", "tiny_knowledge", "tiny_truth", "lamp_1", "lamp_7", "pv_humorous", "steered_truthfulqa_gen", "steered_mmlu_virology")
+    ours = (
+        "persona_judge",
+        "tiny_knowledge",
+        "tiny_truth",
+        "lamp_7",
+        "pv_humorous",
+        "steered_truthfulqa_gen",
+        "steered_mmlu_virology",
+        "steered_perplexity",
+    )
     assert all(name in listed for name in ours)
 
 

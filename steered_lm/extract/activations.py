@@ -80,29 +80,61 @@ def collect(
         batch_size: rows in one batch.
         tick: called with the number of rows done after each batch.
     """
-    encoded = [_encode(tokenizer, row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]))
     pooled: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(rows) for layer in layers}
     norms: dict[int, tuple[list[Tensor], list[Tensor]]] = {layer: ([], []) for layer in layers}
+    for states in hidden_states(model, tokenizer, blocks, rows, layers, batch_size=batch_size, tick=tick):
+        first = max(states.split - 1, 0)
+        for layer, hidden in states.hidden.items():
+            size = hidden.norm(dim=-1).cpu()
+            norms[layer][0].append(size[:first])
+            norms[layer][1].append(size[first:])
+            pooled[layer][states.row] = _pool(hidden, states.split, pooling).cpu()
+    return Activations(
+        {layer: torch.stack(found) for layer, found in pooled.items()},
+        {layer: (torch.cat(prompt), torch.cat(response)) for layer, (prompt, response) in norms.items()},
+    )
+
+
+class RowStates(NamedTuple):
+    """The outputs of some blocks for one row.
+
+    Attributes:
+        row: its number.
+        split: how many of its tokens are prompt.
+        hidden: float32 ``[tokens, d_model]`` by layer, without padding.
+    """
+
+    row: int
+    split: int
+    hidden: dict[int, Float[Tensor, "tokens d_model"]]
+
+
+@torch.inference_mode()
+def hidden_states(
+    model: Any,
+    tokenizer: Any,
+    blocks: nn.ModuleList,
+    rows: Sequence[Row],
+    layers: Sequence[int],
+    *,
+    batch_size: int,
+    tick: Callable[[int], None],
+) -> Iterator[RowStates]:
+    """Yield what the blocks put out for each row, run teacher-forced; rows of like length share a batch, so the order is theirs.
+
+    The arguments are those of :func:`collect`.
+    """
+    encoded = [_encode(tokenizer, row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]))
     for begin in range(0, len(rows), batch_size):
         chosen = order[begin : begin + batch_size]
         ids, mask = _pad([encoded[i][0] for i in chosen], model.device)
         with recorded(blocks, layers) as store:
             model(input_ids=ids, attention_mask=mask, use_cache=False)
-        for layer in layers:
-            for row, i in enumerate(chosen):
-                tokens, split = encoded[i]
-                hidden = store[layer][row, : len(tokens)].float()
-                size = hidden.norm(dim=-1).cpu()
-                first = max(split - 1, 0)
-                norms[layer][0].append(size[:first])
-                norms[layer][1].append(size[first:])
-                pooled[layer][i] = _pool(hidden, split, pooling).cpu()
+        for place, i in enumerate(chosen):
+            tokens, split = encoded[i]
+            yield RowStates(i, split, {layer: store[layer][place, : len(tokens)].float() for layer in layers})
         tick(len(chosen))
-    return Activations(
-        {layer: torch.stack(found) for layer, found in pooled.items()},
-        {layer: (torch.cat(prompt), torch.cat(response)) for layer, (prompt, response) in norms.items()},
-    )
 
 
 def residual_norm(prompt: Float[Tensor, " n"], response: Float[Tensor, " m"]) -> ResidualNorm:

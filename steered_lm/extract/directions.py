@@ -49,6 +49,27 @@ def direction(differences: Float[Tensor, "pairs d_model"], method: Method) -> Di
     return Direction((sign * unit).float(), values.float())
 
 
+def side_direction(
+    positive: Float[Tensor, "p d_model"], negative: Float[Tensor, "n d_model"], differences: Float[Tensor, "pairs d_model"]
+) -> Direction:
+    """Return the unit direction from the mean of one side to the mean of the other, which need not be as many.
+
+    Args:
+        positive: responses that show the trait.
+        negative: responses that do not.
+        differences: of some pairs of them, for the spectrum.
+
+    Raises:
+        VectorsError: when there are fewer than two differences, one is not finite, or the two means are equal.
+    """
+    paired = direction(differences, "mean_diff")
+    shift = positive.double().mean(dim=0) - negative.double().mean(dim=0)
+    size = float(shift.norm())
+    if not 0.0 < size < float("inf"):
+        raise VectorsError("the two sides have the same mean activation, or one that is not finite, so there is no direction. Check both sides.")
+    return Direction((shift / size).float(), paired.singular_values)
+
+
 def describe(found: Direction, method: Method, build: Float[Tensor, "pairs d_model"], held_out: Float[Tensor, "more d_model"]) -> DirectionStats:
     """Return how well a direction explains the pairs it was built on and separates those it was not."""
     vector = found.vector.double()

@@ -27,6 +27,7 @@ from steered_lm.errors import ModelError, near_misses
 from steered_lm.harness.generation import Settings, group_requests, row_seeds
 from steered_lm.harness.reference import ReferenceHFLM, refuse_nan
 from steered_lm.harness.requests import MODEL, candidate_name, chat_messages, own_spec
+from steered_lm.harness.rolling import TokenLikelihood
 from steered_lm.harness.rows import Row, TokenRequest
 from steered_lm.steering.hooks import Steerer
 from steered_lm.steering.spec import spec_from_args
@@ -213,21 +214,24 @@ class SteeredHFLM(ReferenceHFLM):
             return list(super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.quiet))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each whole text; every token of it counts as response.
+        """Return the log-likelihood of each whole text, which says how many tokens it is of; every token of it counts as response.
 
         Raises:
             ModelError: on the reference path, when requests with different specs meet on several processes.
         """
         with self._answering(requests):
             if self._by_reference():
-                return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+                values = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+                sizes = [len(self.tok_encode(str(request.args[0]))) for request in requests]
+                return [TokenLikelihood(value, size) for value, size in zip(values, sizes, strict=True)]
             windows = [(number, window) for number, request in enumerate(requests) for window in self._windows(str(request.args[0]))]
             rows = [self._row(requests[number].args[0]) for number, _ in windows]
             asked = [ScoreRequest(*window, row.spec, response_start=0) for (_, window), row in zip(windows, rows, strict=True)]
-            found = [0.0] * len(requests)
-            for (number, _), (value, _) in zip(windows, self._scored(asked, rows, disable_tqdm), strict=True):
+            found, sizes = [0.0] * len(requests), [0] * len(requests)
+            for (number, (_, tokens)), (value, _) in zip(windows, self._scored(asked, rows, disable_tqdm), strict=True):
                 found[number] += value
-            return found
+                sizes[number] += len(tokens)
+            return [TokenLikelihood(value, size) for value, size in zip(found, sizes, strict=True)]
 
     def _windows(self, text: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         made = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, max_seq_len=self.max_length, context_len=1)

@@ -56,7 +56,7 @@ def page_html(report: Report, *, json_name: str = "report.json") -> str:
     data = report.data
     drawn = figures(data, report.analysis)
     return (
-        _environment()
+        page_environment()
         .get_template("page.html.j2")
         .render(
             data=data,
@@ -82,7 +82,8 @@ def _sample_groups(samples: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], tup
 
 
 @cache
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Return the templates of this folder, which escape every text, with the filters that write numbers as ``wording`` says."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     names = ("plain", "signed", "percent", "points", "p_value", "span", "estimate", "difference", "count")

@@ -63,6 +63,32 @@ class ResidualNorm(Config):
     response: float
 
 
+class SideCounts(Config):
+    """What became of one side's responses when a judge had to confirm them.
+
+    Attributes:
+        generated: responses that the model gave.
+        kept: those that the direction, or its check, rests on.
+        off_trait: coherent ones on the wrong side of the trait score.
+        incoherent: those with a coherence below the limit.
+        missing: those without both scores: empty ones, refusals, failed judgements.
+    """
+
+    generated: int
+    kept: int
+    off_trait: int
+    incoherent: int
+    missing: int
+
+
+class Confirmed(Config):
+    """Which judges confirmed the responses of one trait, and the counts as ``build/pos``, ``build/neg``, ``held_out/pos``, ``held_out/neg``."""
+
+    trait_judge: str
+    coherence_judge: str
+    counts: dict[str, SideCounts]
+
+
 class VectorsMeta(Config):
     """What a trait-vectors file says of itself."""
 
@@ -80,6 +106,7 @@ class VectorsMeta(Config):
     contrast_sets: dict[str, str] = Field(default_factory=dict)
     stats: dict[str, dict[int, DirectionStats]] = Field(default_factory=dict)
     residual_norms: dict[int, ResidualNorm]
+    confirmed: dict[str, Confirmed] = Field(default_factory=dict)
     seed: int = 0
 
 

@@ -1,0 +1,1 @@
+"""What steering does to plain text: perplexity, distance to the unsteered model, variety, repetition and length."""

@@ -1,0 +1,95 @@
+"""Text files as documents. No torch here: the harness's tasks read through it, too."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from steered_lm.content import content_dir
+from steered_lm.errors import UserError, near_misses
+
+Split = Literal["paragraph", "line", "file"]
+ENGLISH = "english"
+"""The short text of ours that is used when none is named."""
+_FIELD = "text"
+
+
+def text_file(name: Path | str) -> Path:
+    """Return a text's path: of one of ours by name (``english``, or ``tiny_talk`` in the tiny chat model's own language), or as it is given."""
+    ours = content_dir("tasks") / "perplexity" / f"{name}.txt"
+    return ours if Path(name).name == str(name) and ours.is_file() else Path(name).expanduser()
+
+
+def as_split(name: str) -> Split:
+    """Return a split by its name.
+
+    Raises:
+        UserError: when there is none of that name.
+    """
+    for known in get_args(Split):
+        if known == name:
+            return cast(Split, known)
+    raise UserError(f"split={name!r} is not known. {near_misses(name, get_args(Split))}")
+
+
+def read_documents(path: Path, split: Split = "paragraph") -> list[str]:
+    """Return a file's documents, in order and stripped; empty ones are left out.
+
+    Args:
+        path: a text file, or JSONL with ``text`` in each line (then a line is a document, whatever ``split`` says).
+        split: where a document of a text file ends: at an empty line (``paragraph``), at each line, or nowhere (``file``).
+
+    Raises:
+        UserError: when the file is missing, no text in UTF-8, holds no document, or a line has no ``text``.
+    """
+    whole = read_text(path)
+    if path.suffix == ".jsonl":
+        found = [_text_of(data, where) for where, data in read_objects(path, whole)]
+    else:
+        found = {"paragraph": re.split(r"\n\s*\n", whole), "line": whole.splitlines(), "file": [whole]}[split]
+    documents = [text.strip() for text in found if text.strip()]
+    if not documents:
+        raise UserError(f"text={str(path)!r} holds no text. Give a text file, or JSONL with {_FIELD!r} in each line.")
+    return documents
+
+
+def read_text(path: Path) -> str:
+    """Return a file's content.
+
+    Raises:
+        UserError: when it is missing or no text in UTF-8.
+    """
+    if not path.is_file():
+        raise UserError(f"text={str(path)!r} does not exist. Give a text file, or JSONL with {_FIELD!r} in each line.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise UserError(f"text={str(path)!r} is no text in UTF-8: {problem}. Convert it first.") from problem
+
+
+def read_objects(path: Path, whole: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the objects of a JSONL text with the words that name each line in messages.
+
+    Raises:
+        UserError: when a line is no JSON object.
+    """
+    found = []
+    for number, line in enumerate(whole.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{str(path)!r}, line {number},"
+        try:
+            data = json.loads(line)
+        except ValueError as problem:
+            raise UserError(f"{where} is not JSON: {problem}. Write one object a line.") from problem
+        if not isinstance(data, dict):
+            raise UserError(f"{where} is JSON, but no object. Write one object a line.")
+        found.append((where, data))
+    return found
+
+
+def _text_of(data: dict[str, Any], where: str) -> str:
+    text = data.get(_FIELD)
+    if not isinstance(text, str):
+        raise UserError(f"{where} has no text {_FIELD!r}; it has {', '.join(sorted(data)) or 'nothing'}.")
+    return text
