@@ -165,7 +165,7 @@ def test_a_named_persona_and_judge_need_nothing_but_names(lm):
 def test_tasks_that_need_no_data_of_the_user_share_a_tag():
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     # what needs neither data of one's own nor a language model as judge
-    assert set(manager.load(["steered_lm"])["tasks"]) == {"persona_judge", "tiny_knowledge", "tiny_truth"}
+    assert set(manager.load(["steered_lm"])["tasks"]) == {"persona_judge", "steered_perplexity", "tiny_knowledge", "tiny_truth"}
 
 
 @pytest.mark.parametrize("name", ["tiny_knowledge", "tiny_truth"])

@@ -131,7 +131,7 @@ def test_the_prompt_is_not_looked_at() -> None:
     assert first == second
 
 
-@pytest.mark.parametrize(("response", "reason"), [("", "the response is empty"), (" \n\t", "the response is empty"), ("... 42!", "no words")])
+@pytest.mark.parametrize(("response", "reason"), [("", "empty response"), (" \n\t", "empty response"), ("... 42!", "no words")])
 def test_a_response_without_words_is_missing_with_a_reason(response: str, reason: str) -> None:
     before, verdict, after = judge_of("edmund").judge(
         [JudgeRequest(prompt="Hi", response=text) for text in ("I was glad.", response, "You are sad.")]

@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 from steered_lm.config import Config, content_hash, file_hash
 from steered_lm.errors import JudgeError
-from steered_lm.judges.base import SCALE, JudgeRequest, Verdict
+from steered_lm.judges.base import EMPTY, SCALE, JudgeRequest, Verdict
 from steered_lm.judges.question import Question
 from steered_lm.persona import meter
 from steered_lm.persona.load import list_personas, load_persona
@@ -172,7 +172,7 @@ class StylometricJudge:
 
     def _verdict(self, text: str, log_odds: float | None) -> Verdict:
         if log_odds is None:
-            return Verdict(missing="the response has no words" if text.strip() else "the response is empty", judge=self.name)
+            return Verdict(missing="the response has no words" if text.strip() else EMPTY, judge=self.name)
         levels = {trait: "none" if level is None else f"{level:+.2f}" for trait, level in meter.trait_levels(text).items()}
         explanation = f"p({self._persona})={expit(log_odds):.3f}; " + ", ".join(f"{trait} {level}" for trait, level in levels.items())
         repeated = repetition(text)
