@@ -1,13 +1,18 @@
 """Fixtures that many test files share: the built distributions and clean environments that they are installed into."""
 
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 # Before torch is loaded anywhere: two processes with two threads each on two cores wait for one another most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a runner that was started in the background hands an ignored SIGINT down, and tests of Ctrl-C would wait for nothing
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # as wide as tables want to be: where cells wrap depends on the length of temporary folders' names
 os.environ["COLUMNS"] = "200"
 
