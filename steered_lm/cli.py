@@ -17,17 +17,18 @@ import steered_lm
 from steered_lm.commands.judge import judge_app
 from steered_lm.commands.lamp import lamp_app, persona_from_lamp
 from steered_lm.commands.measure import measure_app
+from steered_lm.commands.model import BatchSize, Device, Dtype, ModelName, PromptFormatName, PromptFormatOption, model_config
 from steered_lm.commands.monitor import monitor_app
 from steered_lm.commands.options import JudgeOptions, parse_options
 from steered_lm.commands.traits import traits_app
+from steered_lm.commands.vectors import vectors_app
 from steered_lm.content import TINY_CHAT
 from steered_lm.errors import UserError
-from steered_lm.progress import GenerationBar, StepBar
+from steered_lm.progress import GenerationBar
 from steered_lm.study import ModelConfig, SearchConfig, Study, StudyConfig
 
 console = Console(emoji=False)  # judge names hold colons
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__import__("steered_lm").__doc__)
-vectors_app = typer.Typer(no_args_is_help=True, help="Build and inspect trait vectors.")
 persona_app = typer.Typer(no_args_is_help=True, help="List, show and build personas.")
 report_app = typer.Typer(no_args_is_help=True, help="Draw reports again from their JSON.")
 app.add_typer(vectors_app, name="vectors")
@@ -39,11 +40,6 @@ app.add_typer(lamp_app, name="lamp")
 persona_app.command("from-lamp")(persona_from_lamp)
 app.add_typer(measure_app, name="measure")
 app.add_typer(monitor_app, name="monitor")
-
-ModelName = Annotated[str, typer.Option("--model", help="Hub id, folder, or steered-lm/tiny-chat (the tiny model that ships with the package).")]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:0, mps or cpu; by default what is there.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-BatchSize = Annotated[str, typer.Option(help="Most rows at once; auto is as many as memory allows.")]
 
 
 class GemmName(StrEnum):
@@ -62,24 +58,6 @@ class AuditName(StrEnum):
     off = "off"
 
 
-class PromptFormatName(StrEnum):
-    """How prompts are rendered."""
-
-    chat = "chat"
-    plain = "plain"
-
-
-PromptFormatOption = Annotated[
-    PromptFormatName, typer.Option(help="chat: the model's chat template; plain: User:/Assistant: lines, for base models.")
-]
-
-
-def _model(model: str, device: str | None, dtype: str, batch_size: str, prompt_format: PromptFormatName) -> ModelConfig:
-    rows = int(batch_size) if batch_size.isdigit() else batch_size
-    settings = {"model": model, "device": device, "dtype": dtype, "batch_size": rows, "prompt_format": prompt_format.value}
-    return ModelConfig.parse(settings, source="--batch-size")
-
-
 @app.callback()
 def _global(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the library's log.")] = False) -> None:
     logging.basicConfig(
@@ -93,100 +71,6 @@ def _global(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show 
 def version() -> None:
     """Print the version."""
     console.print(steered_lm.__version__)
-
-
-@vectors_app.command("build")
-def vectors_build(
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
-    model: ModelName = TINY_CHAT,
-    traits: Annotated[str, typer.Option(help="Comma-separated traits of ours or contrast-set files; all: every one of ours.")] = "all",
-    layers: Annotated[str, typer.Option(help="0-indexed blocks such as 4 or 3,4,5; auto: two thirds of the depth; all.")] = "auto",
-    method: Annotated[str | None, typer.Option(help="svd, mean_diff or pca; by default svd, with --judge mean_diff.")] = None,
-    pooling: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last.")] = "response_mean",
-    pairs: Annotated[int, typer.Option(help="Contrast pairs a trait to build on.", min=2)] = 120,
-    held_out_pairs: Annotated[int, typer.Option(help="Held-out contrast pairs a trait to check on.", min=1)] = 60,
-    pairs_file: Annotated[Path | None, typer.Option(help='Use this older pair list instead: {"R1": [{"pos": …, "neg": …}]}.')] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the model's own responses.", min=1)] = 64,
-    allow_chance: Annotated[bool, typer.Option(help="Keep directions that separate held-out pairs no better than chance.")] = False,
-    judge: Annotated[
-        str | None, typer.Option(help="Keep only responses that this judge confirms (trait and coherence), as in Persona Vectors: openai:<model>, …")
-    ] = None,
-    judge_option: JudgeOptions = [],  # noqa: B006 - typer takes a list as default and copies it
-    judge_cache: Annotated[Path | None, typer.Option(help="SQLite file that keeps verdicts between runs.")] = None,
-    missing_limit: Annotated[float, typer.Option(help="--judge: stop when more than this share of judgements failed.", min=0, max=1)] = 0.2,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    batch_size: BatchSize = "auto",
-    prompt_format: PromptFormatOption = PromptFormatName.chat,
-    seed: Annotated[int, typer.Option(help="Which pairs are drawn.")] = 0,
-) -> None:
-    """Build trait vectors from contrast sets and write them with the facts of how they came out."""
-    from steered_lm.extract.contrast import available_traits
-    from steered_lm.study import build
-
-    names = available_traits() if traits == "all" and pairs_file is None else [] if traits == "all" else [t.strip() for t in traits.split(",")]
-    chosen = method or ("svd" if judge is None else "mean_diff")
-    settings: dict[str, Any] = {"method": chosen, "pooling": pooling, "pairs": pairs, "held_out_pairs": held_out_pairs, "seed": seed}
-    settings |= {"max_new_tokens": max_new_tokens, "allow_chance": allow_chance, "missing_limit": missing_limit}
-    with StepBar(console) as bar:
-        made = build(
-            _model(model, device, dtype, batch_size, prompt_format),
-            names,
-            layers,
-            out,
-            pairs_file=pairs_file,
-            cache=out.parent / f"{out.stem}.cache",
-            progress=bar,
-            judge=judge,
-            judge_options=parse_options(judge_option),
-            judge_cache=judge_cache,
-            **settings,
-        )
-    console.print(_vectors_table(made))
-    _show_confirmed(made)
-    console.print(
-        f"wrote {out}. Use it: --model_args pretrained={model},vectors={out},layer={made.meta.layers[0]},alpha=0.4,weights={made.meta.traits[0]}:1",
-        soft_wrap=True,
-    )
-
-
-@vectors_app.command("show")
-def vectors_show(path: Annotated[Path, typer.Argument(help="A trait-vectors file.")]) -> None:
-    """Show what a trait-vectors file holds."""
-    from steered_lm.steering.vectors import TraitVectors
-
-    vectors = TraitVectors.load(path)
-    meta = vectors.meta
-    console.print(
-        f"{path}: {meta.method}, {meta.pooling}, model {meta.model_id} ({meta.n_layers} blocks, d_model {meta.d_model}), "
-        f"steered-lm {meta.library_version}",
-        soft_wrap=True,
-    )
-    console.print(_vectors_table(vectors))
-    _show_confirmed(vectors)
-
-
-def _show_confirmed(vectors: Any) -> None:
-    for trait, found in vectors.meta.confirmed.items():
-        table = Table(title=escape(f"{trait}: responses confirmed by {found.trait_judge} (trait) and {found.coherence_judge} (coherence)"))
-        for column in ("split/side", "generated", "kept", "wrong side", "incoherent", "missing"):
-            table.add_column(column, justify="left" if column == "split/side" else "right")
-        for name, counts in found.counts.items():
-            table.add_row(name, *map(str, counts.model_dump().values()))
-        console.print(table)
-
-
-def _vectors_table(vectors: Any) -> Table:
-    table = Table(title="Trait vectors: how well each direction separates pairs it was not built on")
-    for column in ("trait", "layer", "held-out pairs on the right side", "lower bound", "explained variance", "cosine with", "residual norm"):
-        table.add_column(column, justify="left" if column in {"trait", "cosine with"} else "right")
-    for trait, by_layer in vectors.meta.stats.items():
-        for layer, s in by_layer.items():
-            right = f"{s.held_out_right_side:.0%} of {s.held_out_pairs}" + (" (chance)" if s.at_chance else "")
-            cosine = ", ".join(f"{other} {value:.2f}" for other, value in s.cosine.items())
-            norm = vectors.meta.residual_norms[layer].response
-            table.add_row(trait, str(layer), right, f"{s.held_out_low:.0%}", f"{s.explained_variance:.0%}", cosine, f"{norm:.3g}")
-    return table
 
 
 @persona_app.command("list")
@@ -275,7 +159,7 @@ def optimize(
     }
     settings |= {
         "judge_options": parse_options(judge_option) | ({} if judge_base_url is None else {"base_url": judge_base_url}),
-        "model": _model(model, device, dtype, batch_size, prompt_format).model_copy(
+        "model": model_config(model, device, dtype, batch_size, prompt_format).model_copy(
             update={"memory_budget": memory_budget, "exact": exact, "gemm": gemm.value}
         ),
     }

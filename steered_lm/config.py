@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,6 +44,27 @@ def read_structured(path: Path, *, what: str = "file ", error: type[UserError] =
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
         raise error(f"{what}{str(path)!r} is neither valid YAML nor JSON: {problem}") from problem
+
+
+def json_objects(
+    lines: Iterable[str], source: str, *, error: type[UserError] = UserError, advice: str = "Write one object a line."
+) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield the objects of JSON lines, each with its number from 1 and the words that name it in messages; empty lines are passed over.
+
+    Raises:
+        UserError: (or ``error``) when a line is no JSON object.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{source}, line {number},"
+        try:
+            data = json.loads(line)
+        except ValueError as problem:
+            raise error(f"{where} is not JSON: {problem}. {advice}") from problem
+        if not isinstance(data, dict):
+            raise error(f"{where} is JSON, but no object. {advice}")
+        yield number, where, data
 
 
 def canonical_json(value: Any) -> str:

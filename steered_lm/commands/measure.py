@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from steered_lm.commands.model import Device, Dtype, ModelName, PlainFormat
 from steered_lm.commands.tables import interval, number, table
 from steered_lm.config import canonical_json, write_atomic
 from steered_lm.content import TINY_CHAT
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 console = Console(emoji=False)
 measure_app = typer.Typer(no_args_is_help=True, help="Perplexity, distance to the unsteered model, fluency.")
 
-ModelName = Annotated[str, typer.Option("--model", help="Hub id, folder, or steered-lm/tiny-chat (the tiny model that ships with the package).")]
 Text = Annotated[
     str,
     typer.Option(help="A text file, JSONL with text, JSONL with prompts and responses, or a text of ours: english, tiny_talk.", show_default=True),
@@ -32,9 +32,6 @@ SplitName = Annotated[str, typer.Option("--split", help="Where a document of a t
 Width = Annotated[int | None, typer.Option("--window", help="Most tokens that the model reads at once; by default all that it takes.", min=2)]
 Overlap = Annotated[int, typer.Option(help="Least number of tokens before a predicted one in later windows; more takes longer.", min=1)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers, item by item.")]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:0, mps or cpu; by default what is there.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-PlainFormat = Annotated[bool, typer.Option("--plain", help="Render prompts as User:/Assistant: lines, for base models.")]
 
 
 @measure_app.command("perplexity")

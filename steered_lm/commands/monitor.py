@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from steered_lm.commands.model import Device, Dtype, ModelName, PlainFormat
 from steered_lm.commands.tables import interval, number, table
 from steered_lm.config import canonical_json, write_atomic
 from steered_lm.content import TINY_CHAT
@@ -37,9 +38,7 @@ def project_command(
     ],
     vectors: Annotated[Path, typer.Option(help="Trait vectors of this model (steered-lm vectors build).")],
     out: Annotated[Path, typer.Option(help="Columns to write, a line a row: .jsonl or .csv. The page is written beside it as .html.")],
-    model: Annotated[
-        str, typer.Option("--model", help="Hub id, folder, or steered-lm/tiny-chat (the tiny model that ships with the package).")
-    ] = TINY_CHAT,
+    model: ModelName = TINY_CHAT,
     traits: Annotated[str, typer.Option(help="Traits, comma-separated; by default all of the vectors file.")] = "",
     layers: Annotated[str, typer.Option(help="Layers, comma-separated; by default all of the vectors file.")] = "",
     difference: Annotated[
@@ -48,9 +47,9 @@ def project_command(
     max_new_tokens: Annotated[int, typer.Option(help="--difference: longest own response.", min=1)] = 64,
     allow_foreign_vectors: Annotated[bool, typer.Option("--allow-foreign-vectors", help="Take vectors of another model, such as the base.")] = False,
     batch_size: Annotated[int, typer.Option(help="Rows in one pass.", min=1)] = 16,
-    plain: Annotated[bool, typer.Option("--plain", help="Render prompts as User:/Assistant: lines, for base models.")] = False,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:0, mps or cpu; by default what is there.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    plain: PlainFormat = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of the random sign patterns of the paired test.")] = 0,
 ) -> None:
     """Project a file's responses, and the last prompt token before each, on trait vectors: columns, a table and a page."""

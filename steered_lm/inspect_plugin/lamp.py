@@ -42,92 +42,45 @@ def _make_task(name: str, options: dict[str, Any], judging: Sequence[Any] = ()) 
     )
 
 
-def _options(data: str | None, split: str, retrieval: str, k: int, seed: int, item_words: int | None, max_tokens: int | None) -> dict[str, Any]:
-    return {"data": data, "split": split, "retrieval": retrieval, "k": k, "seed": seed, "item_words": item_words, "max_gen_toks": max_tokens}
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments under the names that both harnesses' options have."""
+    return {"max_gen_toks" if name == "max_tokens" else name: value for name, value in given.items()}
 
 
 @task
-def lamp_1(
-    data: str | None = None,
-    split: str = "dev",
-    retrieval: str = "bm25",
-    k: int = 4,
-    seed: int = 0,
-    item_words: int | None = None,
-    max_tokens: int | None = None,
-) -> Task:
-    """Which of two papers an author cites (LaMP_1); ``data`` is the folder with the files, by default ``STEERED_LM_DATA``."""
-    return _make_task("lamp_1", _options(data, split, retrieval, k, seed, item_words, max_tokens))
+def lamp_1(**options: Any) -> Task:
+    """Which of two papers an author cites (LaMP_1); the options are those of :func:`lamp_7`, but for the judge."""
+    return _make_task("lamp_1", _options(options))
 
 
 @task
-def lamp_2(
-    data: str | None = None,
-    split: str = "dev",
-    retrieval: str = "bm25",
-    k: int = 4,
-    seed: int = 0,
-    item_words: int | None = None,
-    max_tokens: int | None = None,
-) -> Task:
-    """A movie's tag (LaMP_2); ``data`` is the folder with the files, by default ``STEERED_LM_DATA``."""
-    return _make_task("lamp_2", _options(data, split, retrieval, k, seed, item_words, max_tokens))
+def lamp_2(**options: Any) -> Task:
+    """A movie's tag (LaMP_2); the options are those of :func:`lamp_7`, but for the judge."""
+    return _make_task("lamp_2", _options(options))
 
 
 @task
-def lamp_3(
-    data: str | None = None,
-    split: str = "dev",
-    retrieval: str = "bm25",
-    k: int = 4,
-    seed: int = 0,
-    item_words: int | None = None,
-    max_tokens: int | None = None,
-) -> Task:
-    """A review's rating (LaMP_3); ``data`` is the folder with the files, by default ``STEERED_LM_DATA``."""
-    return _make_task("lamp_3", _options(data, split, retrieval, k, seed, item_words, max_tokens))
+def lamp_3(**options: Any) -> Task:
+    """A review's rating (LaMP_3); the options are those of :func:`lamp_7`, but for the judge."""
+    return _make_task("lamp_3", _options(options))
 
 
 @task
-def lamp_4(
-    data: str | None = None,
-    split: str = "dev",
-    retrieval: str = "bm25",
-    k: int = 4,
-    seed: int = 0,
-    item_words: int | None = None,
-    max_tokens: int | None = None,
-) -> Task:
-    """A headline (LaMP_4); ``data`` is the folder with the files, by default ``STEERED_LM_DATA``."""
-    return _make_task("lamp_4", _options(data, split, retrieval, k, seed, item_words, max_tokens))
+def lamp_4(**options: Any) -> Task:
+    """A headline (LaMP_4); the options are those of :func:`lamp_7`, but for the judge."""
+    return _make_task("lamp_4", _options(options))
 
 
 @task
-def lamp_5(
-    data: str | None = None,
-    split: str = "dev",
-    retrieval: str = "bm25",
-    k: int = 4,
-    seed: int = 0,
-    item_words: int | None = None,
-    max_tokens: int | None = None,
-) -> Task:
-    """A paper's title (LaMP_5); ``data`` is the folder with the files, by default ``STEERED_LM_DATA``."""
-    return _make_task("lamp_5", _options(data, split, retrieval, k, seed, item_words, max_tokens))
+def lamp_5(**options: Any) -> Task:
+    """A paper's title (LaMP_5); the options are those of :func:`lamp_7`, but for the judge."""
+    return _make_task("lamp_5", _options(options))
 
 
 @task
-def lamp_6(
-    data: str | None = None,
-    split: str = "dev",
-    retrieval: str = "bm25",
-    k: int = 4,
-    seed: int = 0,
-    item_words: int | None = None,
-    max_tokens: int | None = None,
-) -> Task:
-    """An email's subject (LaMP_6, whose data needs a licence); ``data`` is the folder with the files, by default ``STEERED_LM_DATA``."""
-    return _make_task("lamp_6", _options(data, split, retrieval, k, seed, item_words, max_tokens))
+def lamp_6(**options: Any) -> Task:
+    """An email's subject (LaMP_6, whose data needs a licence); the options are those of :func:`lamp_7`, but for the judge."""
+    return _make_task("lamp_6", _options(options))
 
 
 @task
@@ -162,8 +115,8 @@ def lamp_7(
     with plain_refusals():  # a misspelt argument also lands among them, judge or none
         _judge_options(judge_options, task="lamp_7", known=_JUDGED_ARGUMENTS)
     judged = judge is not None or GRADER in model_roles()
-    options = _options(data, split, retrieval, k, seed, item_words, max_tokens) | {"missing_limit": missing_limit}
-    return _make_task("lamp_7", options, (judge, cache, missing_limit, judge_options) if judged else ())
+    options = {"data": data, "split": split, "retrieval": retrieval, "k": k, "seed": seed, "item_words": item_words, "max_gen_toks": max_tokens}
+    return _make_task("lamp_7", options | {"missing_limit": missing_limit}, (judge, cache, missing_limit, judge_options) if judged else ())
 
 
 @metric(scores="unreduced")

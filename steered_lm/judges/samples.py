@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from steered_lm.config import Config
+from steered_lm.config import Config, json_objects
 from steered_lm.errors import JudgeError
 from steered_lm.judges.base import JudgeRequest, Verdict
 
@@ -119,16 +119,7 @@ def _lines(path: Path) -> Iterator[_Line]:
     """Yield the objects of a JSONL file."""
     try:
         with path.open(encoding="utf-8") as handle:
-            for number, text in enumerate(handle, start=1):
-                if not text.strip():
-                    continue
-                where = f"{str(path)!r}, line {number},"
-                try:
-                    data = json.loads(text)
-                except ValueError as problem:
-                    raise JudgeError(f"{where} is not JSON: {problem}. {_WHAT}") from problem
-                if not isinstance(data, dict):
-                    raise JudgeError(f"{where} is JSON, but no object. {_WHAT}")
+            for number, where, data in json_objects(handle, repr(str(path)), error=JudgeError, advice=_WHAT):
                 yield _Line(number, where, data)
     except UnicodeDecodeError as problem:
         raise JudgeError(f"{str(path)!r} is no text in UTF-8. {_WHAT}") from problem

@@ -1,10 +1,10 @@
 """Text files as documents. No torch here: the harness's tasks read through it, too."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from steered_lm.config import json_objects
 from steered_lm.content import content_dir
 from steered_lm.errors import UserError, near_misses
 
@@ -73,19 +73,7 @@ def read_objects(path: Path, whole: str) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: when a line is no JSON object.
     """
-    found = []
-    for number, line in enumerate(whole.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{str(path)!r}, line {number},"
-        try:
-            data = json.loads(line)
-        except ValueError as problem:
-            raise UserError(f"{where} is not JSON: {problem}. Write one object a line.") from problem
-        if not isinstance(data, dict):
-            raise UserError(f"{where} is JSON, but no object. Write one object a line.")
-        found.append((where, data))
-    return found
+    return [(where, data) for _, where, data in json_objects(whole.split("\n"), repr(str(path)))]
 
 
 def _text_of(data: dict[str, Any], where: str) -> str:
