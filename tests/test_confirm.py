@@ -11,9 +11,10 @@ from steered_lm.config import content_hash
 from steered_lm.errors import JudgeError, VectorsError
 from steered_lm.extract.activations import Row, collect, generate_responses
 from steered_lm.extract.build import ExtractConfig, build_vectors
-from steered_lm.extract.confirm import Judges, confirm, matched
+from steered_lm.extract.confirm import confirm, matched
 from steered_lm.extract.contrast import ContrastSet, load_contrast_set
 from steered_lm.judges.base import REFUSAL, Verdict
+from steered_lm.judges.trait_run import TraitJudges
 from steered_lm.persona.meter import marker_counts
 from steered_lm.steering.blocks import find_blocks
 from steered_lm.steering.vectors import SideCounts, TraitVectors
@@ -90,7 +91,7 @@ def built(tiny, contrast, cache):
 def test_each_side_is_filtered_on_its_own_and_everything_that_is_left_out_is_counted():
     trait = Fixed({"a": 50.0, "b": 49.9, "c": 90.0, "d": REFUSAL, "e": 10.0, "f": 49.0, "g": 50.0, "h": 5.0})
     coherence = Fixed({**dict.fromkeys("abdefgh", 80.0), "c": 49.0, "h": 50.0})
-    found = confirm(Judges(trait, coherence), ["q"] * 5, ["a", "b", "c", "d", ""], ["e", "f", "g", "h", " "])
+    found = confirm(TraitJudges(trait, coherence), ["q"] * 5, ["a", "b", "c", "d", ""], ["e", "f", "g", "h", " "])
     assert (found.positive, found.negative) == ([0], [0, 1, 3])
     assert found.counts["pos"] == SideCounts(generated=5, kept=1, off_trait=1, incoherent=1, missing=2)
     assert found.counts["neg"] == SideCounts(generated=5, kept=3, off_trait=1, incoherent=0, missing=1)
@@ -99,8 +100,8 @@ def test_each_side_is_filtered_on_its_own_and_everything_that_is_left_out_is_cou
 def test_failed_judgements_past_the_limit_stop_the_build_and_refusals_do_not():
     coherence = Fixed(dict.fromkeys("abcd", 80.0))
     with pytest.raises(JudgeError, match=r"2 of 4 verdicts are missing \(50%; limit 20%\)"):
-        confirm(Judges(Fixed({"a": 60.0, "b": None, "c": None, "d": 1.0}), coherence), ["q"] * 2, ["a", "b"], ["c", "d"])
-    found = confirm(Judges(Fixed({"a": 60.0, "b": REFUSAL, "c": REFUSAL, "d": 1.0}), coherence), ["q"] * 2, ["a", "b"], ["c", "d"])
+        confirm(TraitJudges(Fixed({"a": 60.0, "b": None, "c": None, "d": 1.0}), coherence), ["q"] * 2, ["a", "b"], ["c", "d"])
+    found = confirm(TraitJudges(Fixed({"a": 60.0, "b": REFUSAL, "c": REFUSAL, "d": 1.0}), coherence), ["q"] * 2, ["a", "b"], ["c", "d"])
     assert (found.positive, found.negative) == ([0], [1])
 
 

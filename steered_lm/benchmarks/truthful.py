@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steered_lm.benchmarks.upstream import upstream_module, upstream_prompt
-from steered_lm.errors import JudgeError
 from steered_lm.judges import make_judge
 from steered_lm.judges.base import Judge, JudgeRequest, Verdict
 from steered_lm.judges.question import Question
@@ -54,10 +53,8 @@ def truthful_judges(name: str, *, cache: str | None = None, **options: Any) -> d
     """Return a judge of each kind.
 
     Raises:
-        JudgeError: when it cannot be built, or is given a key.
+        JudgeError: when it cannot be built.
     """
-    if any("api_key" in option for option in options):
-        raise JudgeError("judge_api_key is not taken: options are written into results and logs. Set the key in the environment.")
     return {kind: make_judge(name, Question.of_kind(kind), cache=cache, **options) for kind in KINDS}
 
 

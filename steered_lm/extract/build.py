@@ -15,9 +15,10 @@ from steered_lm.chat import PromptFormat, render_chat
 from steered_lm.config import Config, content_hash, write_atomic
 from steered_lm.errors import ModelError, VectorsError
 from steered_lm.extract.activations import Row, collect, generate_responses, residual_norm
-from steered_lm.extract.confirm import JudgeOf, Judges, confirm, matched
+from steered_lm.extract.confirm import JudgeOf, confirm, judges_of, matched
 from steered_lm.extract.contrast import ContrastPair, ContrastSet, Split
 from steered_lm.extract.directions import describe, direction, side_direction
+from steered_lm.judges.trait_run import TraitJudges
 from steered_lm.steering.blocks import find_blocks, hidden_size
 from steered_lm.steering.vectors import (
     Confirmed,
@@ -140,7 +141,7 @@ def build_vectors(
     return TraitVectors(directions, meta)
 
 
-def _judges(contrast_sets: Sequence[ContrastSet], judge: JudgeOf, config: ExtractConfig) -> dict[str, Judges]:
+def _judges(contrast_sets: Sequence[ContrastSet], judge: JudgeOf, config: ExtractConfig) -> dict[str, TraitJudges]:
     if config.method != "mean_diff" or config.pooling != "response_mean":
         raise VectorsError(
             f"method={config.method!r}, pooling={config.pooling!r} cannot be used with a judge: its sides are not paired. "
@@ -149,7 +150,7 @@ def _judges(contrast_sets: Sequence[ContrastSet], judge: JudgeOf, config: Extrac
     texts = [s.trait for s in contrast_sets if s.texts]
     if texts:
         raise VectorsError(f"trait {texts[0]!r} comes as finished texts, which no model gave. A judge confirms responses: give instruction pairs.")
-    return {contrast.trait: Judges.of(contrast, judge) for contrast in contrast_sets}
+    return {contrast.trait: judges_of(contrast, judge) for contrast in contrast_sets}
 
 
 def _differences(tensors: Tensors, split: str, layer: int) -> Tensor:
@@ -159,7 +160,7 @@ def _differences(tensors: Tensors, split: str, layer: int) -> Tensor:
     return positive - negative if pairs is None else positive[pairs[:, 0]] - negative[pairs[:, 1]]
 
 
-def _confirmed(tensors: Tensors, judges: Judges) -> Confirmed:
+def _confirmed(tensors: Tensors, judges: TraitJudges) -> Confirmed:
     counts = {name.removeprefix("counts/"): _counts(value) for name, value in tensors.items() if name.startswith("counts/")}
     return Confirmed(trait_judge=judges.trait.name, coherence_judge=judges.coherence.name, counts=counts)
 
@@ -201,7 +202,7 @@ class _Runner:
         config: ExtractConfig,
         cache: Path | None,
         progress: Progress,
-        judges: Mapping[str, Judges],
+        judges: Mapping[str, TraitJudges],
     ) -> None:
         self.model, self.tokenizer, self.blocks, self.layers = model, tokenizer, blocks, layers
         self.config, self.cache, self.progress, self.judges = config, cache, progress, judges

@@ -1,12 +1,13 @@
 """Responses that a judge confirms: extraction as Persona Vectors does it (Chen et al. 2025, arXiv:2507.21509, section 2)."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from steered_lm.extract.contrast import ContrastSet
 from steered_lm.judges import check_missing
 from steered_lm.judges.base import REFUSAL, Judge, JudgeRequest, Verdict
 from steered_lm.judges.question import Question, trait_descriptions
+from steered_lm.judges.trait_run import TraitJudges
 from steered_lm.steering.vectors import SideCounts
 
 JudgeOf = Callable[[Question], Judge]
@@ -16,21 +17,14 @@ LIMIT = 50.0
 """The trait score from which on a response shows the trait, and the coherence from which on it makes sense, both of 0 to 100."""
 
 
-class Judges(NamedTuple):
-    """Who says how strongly a response shows the trait, and how coherent it is; both on 0 to 100."""
+def judges_of(contrast: ContrastSet, judge_of: JudgeOf) -> TraitJudges:
+    """Return the judges of a contrast set's trait.
 
-    trait: Judge
-    coherence: Judge
-
-    @classmethod
-    def of(cls, contrast: ContrastSet, judge_of: JudgeOf) -> Self:
-        """Return the judges of a contrast set's trait.
-
-        Raises:
-            JudgeError: when the trait has no description, neither of ours nor in its contrast set.
-        """
-        known = trait_descriptions().get(contrast.trait)
-        return cls(judge_of(Question.of_trait(contrast.trait, known or contrast.description)), judge_of(Question.of_kind("coherence")))
+    Raises:
+        JudgeError: when the trait has no description, neither of ours nor in its contrast set.
+    """
+    known = trait_descriptions().get(contrast.trait)
+    return TraitJudges(judge_of(Question.of_trait(contrast.trait, known or contrast.description)), judge_of(Question.of_kind("coherence")))
 
 
 class Kept(NamedTuple):
@@ -41,7 +35,7 @@ class Kept(NamedTuple):
     counts: dict[str, SideCounts]
 
 
-def confirm(judges: Judges, questions: Sequence[str], positive: Sequence[str], negative: Sequence[str], *, missing_limit: float = 0.2) -> Kept:
+def confirm(judges: TraitJudges, questions: Sequence[str], positive: Sequence[str], negative: Sequence[str], *, missing_limit: float = 0.2) -> Kept:
     """Return the responses that show what they should, each side filtered on its own.
 
     Kept are positive responses with a trait score of at least 50 and negative ones below 50, both with a coherence of at least 50.
@@ -61,7 +55,7 @@ def confirm(judges: Judges, questions: Sequence[str], positive: Sequence[str], n
     found: list[tuple[Verdict, Verdict] | None] = [None] * len(requests)
     both = [judge.judge([requests[number] for number in asked]) for judge in judges]
     for verdicts in both:
-        check_missing([verdict for verdict in verdicts if verdict.missing != REFUSAL], missing_limit)
+        check_missing(verdicts, missing_limit, findings=(REFUSAL,))
     for number, pair in zip(asked, zip(*both, strict=True), strict=True):
         found[number] = (pair[0], pair[1])
     size = len(questions)

@@ -8,9 +8,8 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 
-from steered_lm.errors import JudgeError
 from steered_lm.harness.chat_task import ChatTask
-from steered_lm.judges import check_missing, make_judge
+from steered_lm.judges import check_missing, judge_options, make_judge
 from steered_lm.judges.base import Judge, Verdict
 from steered_lm.lamp.author import author_question, author_request, refuse_stylometric
 from steered_lm.lamp.items import make_items, parse_options
@@ -93,11 +92,8 @@ def _make_judge(metadata: Mapping[str, Any]) -> Judge:
     if isinstance(judge, Judge):
         return judge
     refuse_stylometric(str(judge))
-    options = {key.removeprefix("judge_"): value for key, value in metadata.items() if key.startswith("judge_")}
-    if any("api_key" in key for key in options):
-        raise JudgeError("judge_api_key is not taken: metadata is written into the results file. Set the key in the environment.")
     cache = metadata.get("cache")
-    return make_judge(str(judge), author_question(), cache=None if cache is None else Path(cache), **options)
+    return make_judge(str(judge), author_question(), cache=None if cache is None else Path(cache), **judge_options(metadata))
 
 
 def lamp_metrics(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from lm_eval.api.instance import Instance
 from pydantic import Field
 
 from steered_lm.config import Config
-from steered_lm.errors import JudgeError, PersonaError
+from steered_lm.errors import PersonaError
 from steered_lm.harness.chat_task import ChatTask
-from steered_lm.judges import check_missing, make_judge
+from steered_lm.judges import check_missing, judge_options, make_judge
 from steered_lm.judges.base import Judge, JudgeRequest, Verdict
 from steered_lm.judges.stream import JudgeStream
 from steered_lm.persona.load import load_persona
@@ -86,10 +86,9 @@ class PersonaJudgeTask(ChatTask):
         super().__init__({**config, "generation_kwargs": generation, "metadata": metadata | self.options.model_dump() | facts})
 
     def _make_judge(self, metadata: Mapping[str, Any]) -> Judge:
-        extra = {key.removeprefix("judge_"): value for key, value in metadata.items() if key.startswith("judge_")}
-        if any("api_key" in key for key in extra):
-            raise JudgeError("judge_api_key is not taken: metadata is written into the results file. Set the key in the environment.")
-        return make_judge(self.options.judge, self.persona, cache=None if self.options.cache is None else Path(self.options.cache), **extra)
+        return make_judge(
+            self.options.judge, self.persona, cache=None if self.options.cache is None else Path(self.options.cache), **judge_options(metadata)
+        )
 
     def documents(self) -> list[dict[str, Any]]:
         """Return the prompts of the split with the persona's own answers.

@@ -9,9 +9,9 @@ from typing import Any
 from lm_eval.api.instance import Instance
 
 from steered_lm.harness.chat_task import ChatTask
-from steered_lm.judges import check_missing
+from steered_lm.judges import check_missing, judge_options
 from steered_lm.judges.base import REFUSAL, JudgeRequest
-from steered_lm.judges.trait_run import JudgedResponse, TraitRun, judge_options, question_values, response_values
+from steered_lm.judges.trait_run import JudgedResponse, TraitRun, question_values, response_values
 from steered_lm.judges.traits import TraitError, judge_needed
 
 logger = logging.getLogger(__name__)

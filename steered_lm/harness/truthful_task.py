@@ -12,7 +12,7 @@ from steered_lm.config import Config
 from steered_lm.errors import JudgeError
 from steered_lm.harness.persona_task import total
 from steered_lm.harness.upstream_task import UpstreamTask
-from steered_lm.judges import check_missing
+from steered_lm.judges import check_missing, judge_options
 from steered_lm.judges.base import Judge, Verdict
 
 
@@ -55,7 +55,7 @@ class TruthfulTask(UpstreamTask):
         super().__init__({**config, "metadata": metadata | self.options.model_dump() | facts})
 
     def _make_judges(self, metadata: Mapping[str, Any]) -> dict[str, Judge]:
-        extra = {key.removeprefix("judge_"): value for key, value in metadata.items() if key.startswith("judge_")}
+        extra = judge_options(metadata)
         if self.options.judge is None:
             if extra:
                 raise JudgeError(f"judge_{sorted(extra)[0]} is given and no judge. Name one by judge, or leave its options out.")

@@ -1,6 +1,6 @@
 """TruthfulQA and MMLU in Inspect: the items of lm-eval's tasks, answered by a letter or in words instead of by log-likelihood."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -23,12 +23,9 @@ from steered_lm.benchmarks.truthful import (
     truthful_judges,
 )
 from steered_lm.benchmarks.truthfulqa import truthfulqa_rows
-from steered_lm.errors import JudgeError, UserError, near_misses
-from steered_lm.inspect_plugin.batcher import Batcher
-from steered_lm.inspect_plugin.grader import InspectJudge
+from steered_lm.errors import JudgeError, UserError
 from steered_lm.inspect_plugin.refusal import plain_refusals
-from steered_lm.inspect_plugin.tasks import MissingGate, total
-from steered_lm.judges.base import Judge, JudgeRequest, Verdict
+from steered_lm.inspect_plugin.tasks import MissingGate, asking, judge_arguments, total
 
 VERSION = 1
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -207,7 +204,7 @@ def truthfulness(judge: str, items: int, cache: str | None = None, missing_limit
     with plain_refusals():
         judges = truthful_judges(judge, cache=cache, **options)
         gates: dict[str, MissingGate] = {kind: MissingGate(items, missing_limit) for kind in KINDS}
-        askers = {kind: _asker(made) for kind, made in judges.items()}
+        askers = {kind: asking(made) for kind, made in judges.items()}
 
     async def score(state: TaskState, target: Target) -> Score:
         request = request_of(state.metadata, state.output.completion)
@@ -222,18 +219,9 @@ def truthfulness(judge: str, items: int, cache: str | None = None, missing_limit
     return score
 
 
-def _asker(judge: Judge) -> Callable[[JudgeRequest], Awaitable[Verdict]]:
-    # a model of Inspect's is asked sample by sample, so that each one's log counts its own calls
-    if isinstance(judge, InspectJudge):
-        return judge.grade
-    return Batcher[JudgeRequest, Verdict](lambda requests, deliver: judge.judge(requests), max_size=64).submit
-
-
 def _judge_options(judge: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     known = ("judge", "cache", "data", "max_tokens", "missing_limit")
-    for name in given:
-        if not name.startswith("judge_"):
-            raise JudgeError(f"truthfulqa_gen has no argument {name!r}. {near_misses(name, known)} Options of the judge are written judge_<option>.")
+    options = judge_arguments(given, task="truthfulqa_gen", known=known)
     if given and judge is None:
         raise JudgeError(f"{sorted(given)[0]} is given and no judge. Name one by judge, or leave its options out.")
-    return {name.removeprefix("judge_"): value for name, value in given.items()}
+    return options

@@ -12,7 +12,8 @@ from inspect_ai.solver import TaskState, generate
 
 from steered_lm.inspect_plugin.grader import GRADER, InspectJudge
 from steered_lm.inspect_plugin.refusal import plain_refusals
-from steered_lm.inspect_plugin.tasks import MissingGate, _asker, _judge_options, total
+from steered_lm.inspect_plugin.tasks import MissingGate, asking, judge_arguments, total
+from steered_lm.judges import make_judge
 from steered_lm.lamp.author import author_question, author_request, refuse_stylometric
 from steered_lm.lamp.items import STOP, LampOptions, make_items, parse_options
 from steered_lm.lamp.metrics import Labelled, root_mean, score_answer
@@ -113,7 +114,7 @@ def lamp_7(
         judge_options: ``judge_<option>`` for further options of the judge. Keys come from the environment.
     """
     with plain_refusals():  # a misspelt argument also lands among them, judge or none
-        _judge_options(judge_options, task="lamp_7", known=_JUDGED_ARGUMENTS)
+        judge_arguments(judge_options, task="lamp_7", known=_JUDGED_ARGUMENTS)
     judged = judge is not None or GRADER in model_roles()
     options = {"data": data, "split": split, "retrieval": retrieval, "k": k, "seed": seed, "item_words": item_words, "max_gen_toks": max_tokens}
     return _make_task("lamp_7", options | {"missing_limit": missing_limit}, (judge, cache, missing_limit, judge_options) if judged else ())
@@ -186,10 +187,10 @@ def lamp_author_fit(items: int, judge: str | None = None, cache: str | None = No
     with plain_refusals():
         refuse_stylometric(judge or "")
         question = author_question()
-        options = _judge_options(judge_options)
+        options = judge_arguments(judge_options)
         gate = MissingGate(items, missing_limit)
         role = InspectJudge.for_question(question, **(options if judge == "inspect" else {}))
-        asker = None if judge is None or GRADER in model_roles() else _asker(question, judge, cache, options)
+        asker = None if judge is None or GRADER in model_roles() else asking(make_judge(judge, question, cache=cache, **options))
 
     async def score(state: TaskState, target: Target) -> Score:
         request = author_request(state.metadata["input"], state.output.completion, state.metadata["lines"])

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from inspect_ai import Task, task
@@ -15,10 +15,11 @@ from steered_lm.errors import JudgeError, PersonaError, near_misses
 from steered_lm.inspect_plugin.batcher import Batcher
 from steered_lm.inspect_plugin.grader import GRADER, InspectJudge
 from steered_lm.inspect_plugin.refusal import plain_refusals
+from steered_lm.judges import judge_options as options_among
 from steered_lm.judges import make_judge
-from steered_lm.judges.base import JudgeRequest, Verdict
+from steered_lm.judges.base import Judge, JudgeRequest, Verdict
 from steered_lm.judges.question import Question
-from steered_lm.persona import SPLITS, Persona, list_personas, load_persona
+from steered_lm.persona import SPLITS, list_personas, load_persona
 
 VERSION = 2
 
@@ -93,10 +94,10 @@ def persona_fit(
     """
     with plain_refusals():
         loaded = load_persona(persona)
-        options = _judge_options(judge_options)
+        options = judge_arguments(judge_options)
         gate = MissingGate(len(loaded.items(split)), missing_limit)
         role = InspectJudge.for_question(Question.of_persona(loaded), **(options if judge == "inspect" else {}))
-        asker = None if GRADER in model_roles() else _asker(loaded, judge, cache, options)
+        asker = None if GRADER in model_roles() else asking(make_judge(judge, loaded, cache=cache, **options))
 
     async def score(state: TaskState, target: Target) -> Score:
         nonlocal asker
@@ -105,7 +106,7 @@ def persona_fit(
             if GRADER in model_roles():
                 verdict = await role.grade(request)
             else:
-                asker = asker or _asker(loaded, judge, cache, options)
+                asker = asker or asking(make_judge(judge, loaded, cache=cache, **options))
                 verdict = await asker(request)
             gate.note(f"{state.model}/{state.epoch}", state.sample_id, verdict)
         return _as_score(verdict, request.response)
@@ -141,22 +142,24 @@ class MissingGate:
 _ARGUMENTS = ("persona", "split", "judge", "cache", "max_tokens", "missing_limit")
 
 
-def _judge_options(given: dict[str, Any], *, task: str = "persona_judge", known: Sequence[str] = _ARGUMENTS) -> dict[str, Any]:
+def judge_arguments(given: Mapping[str, Any], *, task: str = "persona_judge", known: Sequence[str] = _ARGUMENTS) -> dict[str, Any]:
+    """Return the options of the judge out of what is left of a task's arguments.
+
+    Raises:
+        JudgeError: for an argument that is none of the task's, or a key.
+    """
     for name in given:
         if not name.startswith("judge_"):
             raise JudgeError(f"{task} has no argument {name!r}. {near_misses(name, known)} Options of the judge are written judge_<option>.")
-        if "api_key" in name:
-            raise JudgeError(f"{name} is not taken: task arguments are written into the log. Set the key in the environment.")
-    return {name.removeprefix("judge_"): value for name, value in given.items()}
+    return options_among(given)
 
 
-def _asker(subject: Persona | Question, judge: str, cache: str | None, options: dict[str, Any]) -> Callable[[JudgeRequest], Awaitable[Verdict]]:
+def asking(judge: Judge) -> Callable[[JudgeRequest], Awaitable[Verdict]]:
     """Return what asks a judge without holding up the evaluation."""
-    made = make_judge(judge, subject, cache=cache, **options)
     # a model of Inspect's is asked sample by sample, so that each one's log and limits count its own calls
-    if isinstance(made, InspectJudge):
-        return made.grade
-    return Batcher[JudgeRequest, Verdict](lambda requests, deliver: made.judge(requests), max_size=64).submit
+    if isinstance(judge, InspectJudge):
+        return judge.grade
+    return Batcher[JudgeRequest, Verdict](lambda requests, deliver: judge.judge(requests), max_size=64).submit
 
 
 def _as_score(verdict: Verdict, response: str) -> Score:

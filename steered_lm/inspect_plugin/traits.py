@@ -15,10 +15,11 @@ from inspect_ai.solver import TaskState, generate
 from steered_lm.errors import near_misses
 from steered_lm.inspect_plugin.grader import GRADER, InspectJudge
 from steered_lm.inspect_plugin.refusal import plain_refusals
-from steered_lm.inspect_plugin.tasks import MissingGate, _asker, total
+from steered_lm.inspect_plugin.tasks import MissingGate, asking, total
+from steered_lm.judges import judge_options, make_judge
 from steered_lm.judges.base import REFUSAL, JudgeRequest, Verdict
 from steered_lm.judges.question import Question
-from steered_lm.judges.trait_run import COUNTS, MEANS, JudgedResponse, TraitQuestion, TraitRun, judge_options, response_values
+from steered_lm.judges.trait_run import COUNTS, MEANS, JudgedResponse, TraitQuestion, TraitRun, response_values
 from steered_lm.judges.traits import TraitError, judge_needed, load_trait
 
 VERSION = 1
@@ -190,9 +191,9 @@ class _Asked:
     def __init__(self, run: TraitRun, question: Question, options: dict[str, Any], replies: int) -> None:
         self._gate = MissingGate(replies, run.missing_limit)
         self._role = InspectJudge.for_question(question, **(options if run.judge in (None, "inspect") else {}))
-        self._make = partial(_asker, question, str(run.judge), run.cache, options)
+        self._made = partial(make_judge, str(run.judge), question, cache=run.cache, **options)
         # what is wrong with a judge is said before the model runs
-        self._ask = None if GRADER in model_roles() else self._make()
+        self._ask = None if GRADER in model_roles() else asking(self._made())
 
     async def verdict(self, state: TaskState, request: JudgeRequest) -> Verdict:
         """Return the verdict on a reply.
@@ -203,7 +204,7 @@ class _Asked:
         if GRADER in model_roles():
             found = await self._role.grade(request)
         else:
-            self._ask = self._ask or self._make()
+            self._ask = self._ask or asking(self._made())
             found = await self._ask(request)
         if found.missing != REFUSAL:
             self._gate.note(str(state.model), f"{state.sample_id}/{state.epoch}", found)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from steered_lm.judges.question import Question
     from steered_lm.persona.schema import Persona
 
-__all__ = ["ENTRY_POINTS", "PANEL_SUFFIXES", "check_missing", "judge_names", "make_judge", "takes_option", "why_missing"]
+__all__ = ["ENTRY_POINTS", "PANEL_SUFFIXES", "check_missing", "judge_names", "judge_options", "make_judge", "takes_option", "why_missing"]
 
 ENTRY_POINTS = "steered_lm.judges"
 PANEL_SUFFIXES = (".yaml", ".yml")
@@ -72,6 +72,18 @@ def make_judge(name: str, subject: "Persona | Question", *, cache: Path | str | 
 
         judge = BothOrders(judge)
     return judge
+
+
+def judge_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the judge, which are written ``judge_<option>`` among a task's.
+
+    Raises:
+        JudgeError: when one of them is a key.
+    """
+    found = {name.removeprefix("judge_"): value for name, value in given.items() if name.startswith("judge_")}
+    if any("api_key" in name for name in found):
+        raise JudgeError("judge_api_key is not taken: options are written into results and logs. Set the key in the environment.")
+    return found
 
 
 def judge_names() -> list[str]:

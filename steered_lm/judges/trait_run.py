@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from steered_lm.config import Config
-from steered_lm.errors import JudgeError
 from steered_lm.judges import make_judge
 from steered_lm.judges.base import REFUSAL, Judge, JudgeRequest, Verdict
 from steered_lm.judges.question import Question
@@ -114,18 +113,6 @@ class TraitRun(Config):
             return None
         cache = None if self.cache is None else Path(self.cache)
         return TraitJudges(*(make_judge(self.judge, question, cache=cache, **options) for question in self.questions(trait)))
-
-
-def judge_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the judge, which are written ``judge_<option>`` among a task's.
-
-    Raises:
-        JudgeError: when one of them is a key.
-    """
-    found = {name.removeprefix("judge_"): value for name, value in given.items() if name.startswith("judge_")}
-    if any("api_key" in name for name in found):
-        raise JudgeError("judge_api_key is not taken: options are written into results and logs. Set the key in the environment.")
-    return found
 
 
 class JudgedResponse(NamedTuple):
