@@ -105,13 +105,17 @@ class TraitTask(ChatTask):
     def _only_predicting(self) -> bool:
         return "bypass" in self._metric_fn_list
 
-    def process_results(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+    def item_metrics(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         """Return the question's metrics; one without a value is left out, but NaN when no question has a value."""
-        metrics: dict[str, Any] = super().process_results(doc, results)
+        metrics = super().item_metrics(doc, results)
         for name in [name for name, value in metrics.items() if isinstance(value, float) and math.isnan(value)]:
             if self._known(name):
                 del metrics[name]
         return metrics
+
+    def missing_reasons(self, results: Sequence[Any]) -> list[str]:
+        """Return why verdicts on the trait are missing."""
+        return [record["trait"]["missing"] for record in json.loads(results[0]) if record["trait"]["missing"] is not None]
 
     def _known(self, metric: str) -> bool:
         return any(not math.isnan(response_values(one.record())[metric]) for judged in self.judged for one in judged)
