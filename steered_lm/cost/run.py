@@ -18,7 +18,7 @@ from steered_lm.errors import JudgeError, SpecError, UserError
 from steered_lm.harness.chat_task import ChatTask
 from steered_lm.harness.items import BROKEN, ItemResult, evaluate_items, load_task, task_digest
 from steered_lm.harness.model import SteeredHFLM
-from steered_lm.judges.base import EMPTY, NO_MARKER, REFUSAL
+from steered_lm.judges.base import EMPTY, FINDINGS
 from steered_lm.measure.divergence import Calibration, calibrated, kl_to_unsteered, with_alpha
 from steered_lm.measure.means import TokenMean
 from steered_lm.measure.passages import Passage, read_passages
@@ -36,7 +36,7 @@ from steered_lm.study import load_lm, numerics
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 # what a response is, and no failure of who judges it
-_FINDINGS = (EMPTY, REFUSAL, NO_MARKER, BROKEN)
+_FINDINGS = FINDINGS | {EMPTY, BROKEN}
 
 
 class _Arm(NamedTuple):
