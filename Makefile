@@ -35,6 +35,7 @@ test: lint ## lint, then the test suite, one process a core
 bench: $(STAMP) ## benchmarks in a reduced form (some minutes): ratios, both sides in one run; numbers go to bench/
 	$(BIN)/python tests/bench/generation.py --size xs --rounds 2
 	$(BIN)/python tests/bench/scoring.py --size xs --questions 12 --settings 1 8 --rounds 2
+	$(BIN)/python tests/bench/cost.py --size xs --items 12 --rounds 2
 	$(BIN)/python tests/bench/adapters.py --size xs --rounds 2
 	$(BIN)/python tests/bench/memory.py
 	$(BIN)/python tests/bench/overhead.py

@@ -1,4 +1,4 @@
-"""The command line: ``steered-lm vectors | persona | traits | judge | lamp | measure | monitor | optimize | eval | demo | report``."""
+"""The command line: ``steered-lm vectors | persona | traits | judge | lamp | measure | monitor | cost | optimize | eval | demo | report``."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import steered_lm
+from steered_lm.commands.cost import cost
 from steered_lm.commands.judge import judge_app
 from steered_lm.commands.lamp import lamp_app, persona_from_lamp
 from steered_lm.commands.measure import measure_app
@@ -40,6 +41,7 @@ app.add_typer(lamp_app, name="lamp")
 persona_app.command("from-lamp")(persona_from_lamp)
 app.add_typer(measure_app, name="measure")
 app.add_typer(monitor_app, name="monitor")
+app.command("cost")(cost)
 
 
 class GemmName(StrEnum):
