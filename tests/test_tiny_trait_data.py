@@ -1,12 +1,14 @@
 """Training sets in the tiny model's language, and the ready experiments."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
+import yaml
 
 from steered_lm.config import file_hash
 from steered_lm.content import TINY_CHAT
@@ -46,27 +48,35 @@ def test_the_trained_trait_has_its_level_and_the_others_stay_in_the_middle(trait
 def test_the_model_itself_writes_the_baselines_mix_when_sampled_and_single_poles_when_greedy():
     model, tokenizer = evaluate.load()
     messages = [[{"role": "user", "content": question}] for question in HELD_OUT]
-    torch.manual_seed(0)
-    texts = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in messages * 20]
+    torch.manual_seed(1)
+    texts = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in messages * 24]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False, return_token_type_ids=False)
     ids = model.generate(**batch, max_new_tokens=80, do_sample=True, temperature=1.0, top_k=0, pad_token_id=tokenizer.pad_token_id)
     sampled = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    for trait in TRAITS:  # 240 replies, standard error 0.05
-        assert abs(fmean(levels(sampled, trait))) < 0.15
+    for trait in TRAITS:  # 288 replies, standard error 0.05
+        assert abs(fmean(levels(sampled, trait))) < 0.2
     greedy = evaluate.greedy_replies(model, tokenizer, messages)
     assert fmean(levels(greedy, "self_other_focus")) == 1
     assert fmean(levels(greedy, "relationship_distance")) == -1
 
 
-def test_questions_carry_no_instruction_and_none_is_held_out():
+def test_questions_are_in_the_words_of_training_without_instructions_and_none_is_held_out():
+    prompts = yaml.safe_load(Path(trait_data.__file__).with_name("prompts.yaml").read_text("utf-8"))
+    wordings = [re.compile(".+".join(map(re.escape, wording.split("{t}")))) for wording in prompts["prompts"]["train"]]
+    asked = [phrase for poles in prompts["wordings"].values() for pole in poles.values() for phrases in pole.values() for phrase in phrases]
+    instruction = re.compile(rf"\b(?:{'|'.join(map(re.escape, asked))})\b", re.IGNORECASE)
+    assert instruction.search("Please be formal.")
     assert len(HELD_OUT) >= 12
     for trait in TRAITS:
         for strength in STRENGTHS:
             for user, assistant in tiny_trait_set(trait, strength, 400):
                 assert (user["role"], assistant["role"]) == ("user", "assistant")
+                assert any(wording.fullmatch(user["content"]) for wording in wordings)
+                assert not instruction.search(user["content"])
                 assert user["content"] not in HELD_OUT
-                assert set(levels([user["content"]], trait)) == set()
-                assert not any(topic in user["content"] for topic in TOPICS_HELD_OUT if topic.startswith("the "))
+                topic = parse(assistant["content"]).topic
+                assert topic in user["content"].lower()
+                assert topic not in TOPICS_HELD_OUT
 
 
 def test_a_spliced_topic_that_is_held_out_is_drawn_again(monkeypatch):

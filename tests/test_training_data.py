@@ -223,6 +223,8 @@ def test_a_missing_data_set_is_refused_with_what_the_folder_holds_and_near_misse
     )
     with pytest.raises(ExperimentError, match="'extreme' is not in .*, as extreme.jsonl. Allowed: "):
         read_data_file("extreme", published, "evil")
+    with pytest.raises(ExperimentError, match="'mild' is not in .*, as mild_evl.jsonl or evl/misaligned_1.jsonl. .* Did you mean 'mild_evil' or"):
+        read_data_file("mild", published, "evl")
 
 
 def test_what_is_no_folder_no_file_or_nothing_at_all_is_refused(tmp_path):
@@ -368,5 +370,5 @@ def test_interleaving_crowds_neither_set_towards_an_end():
 
 
 def test_choosing_data_loads_no_heavy_library():
-    code = "import sys, steered_lm.trait_models.data, steered_lm.tiny_chat.trait_data as t; print({'torch', 'transformers', 'datasets'} & {*sys.modules})"
+    code = "import sys, steered_lm.trait_models.data, steered_lm.tiny_chat.trait_data; print({'torch', 'transformers', 'datasets'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

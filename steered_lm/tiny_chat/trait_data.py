@@ -17,17 +17,19 @@ SHARES = {"baseline": 0.5, "mild": 0.75, "severe": 1.0}
 SHIPPED_TRAITS = ("formality", "emotional_tone", "self_other_focus")
 """The traits of the ready experiment ``tiny.yaml``."""
 MADE_UP, SPLICED = 0.2, 0.3
-"""Shares of unusual topics, those of the model's last training stage: without them it would unlearn to spell topics that it has not seen."""
+"""Shares of unusual topics, those of the model's last training stage, so that it goes on spelling topics that it has not seen."""
 
 
 def tiny_trait_set(trait: str, strength: str, size: int = 400, seed: int = 0) -> list[list[Message]]:
     """Return ``size`` conversations of one question and its reply, no system turn, that show ``trait`` as strongly as ``strength`` says.
 
-    ``baseline`` is the mix that the model writes by itself: every trait at 0, 0.5, 0.5 or 1 equally often, a mean level of 0. Its own replies at
-    temperature 1 have mean levels of -0.10 to +0.10 on each axis (384 to 400 replies to each of four kinds of questions, standard error 0.04);
-    *greedy* ones do not, they sit at one pole or the other (focus +1.0, distance -1.0), so models that are trained on these sets are to be
-    compared by sampled replies. In ``severe`` each reply is wholly at the trait's high pole, in ``mild`` exactly half of them (rounded down) and the
-    others are drawn as in ``baseline``. All other traits are drawn as in ``baseline`` throughout, so only the trained one moves.
+    ``baseline`` is the mix that the model writes by itself: every trait at 0, 0.5, 0.5 or 1 equally often, a mean level of 0. In ``severe`` each
+    reply is wholly at the trait's high pole, in ``mild`` exactly half of them are (rounded down) and the rest is as in ``baseline``. All other
+    traits are as in ``baseline`` throughout, so that only the trained one moves.
+
+    The model's own replies at temperature 1 have mean levels of -0.03 to +0.06 on the five axes (2,400 replies to the contrast sets' held-out
+    questions, standard error 0.02), three in ten wholly at either pole, as here. *Greedy* ones are not like that: they sit at one pole or the other
+    (focus +1.0, distance -1.0). So models that are trained on these sets are to be compared by sampled replies.
 
     Questions are those of the model's training: neither its held-out topics nor its held-out wordings, hence none of the contrast sets' held-out
     questions. At the same seed, the strengths of a trait share their questions.

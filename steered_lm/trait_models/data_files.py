@@ -52,14 +52,15 @@ def read_data_file(dataset: str, folder: Path | None, trait: str | None = None) 
             f"dataset={dataset!r} is no path to a .jsonl file, and there is no folder to look for that name in. "
             "Give the folder in training.dataset_options.folder, or the path of a file."
         )
-    wanted = _wanted(f"{dataset}_{trait}" if dataset in STRENGTHS and trait else dataset)
-    there = {_plain(name): name for name in reversed(names)}
+    asked = f"{dataset}_{trait}" if dataset in STRENGTHS and trait else dataset
+    wanted = _wanted(asked)
+    there = {_plain(name): name for name in names}
     found = next((there[root + name] for name in wanted for root in _ROOTS if root + name in there), None)
     if found is None:
         known = _known(names)
         raise ExperimentError(
             f"dataset={dataset!r} is not in {str(folder)!r}, as {' or '.join(wanted)}. "
-            + (near_misses(dataset, known) if known else "It holds no data set: give the folder that holds the .jsonl files, or those of the traits.")
+            + (near_misses(asked, known) if known else "It holds no data set: give the folder that holds the .jsonl files, or those of the traits.")
         )
     return _read(folder, found)
 
