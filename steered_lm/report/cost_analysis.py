@@ -7,7 +7,7 @@ from typing import Literal
 from steered_lm.config import Config
 from steered_lm.measure.means import TokenMean, exponentiated
 from steered_lm.report.cost_data import UNSTEERED, CostArm, CostData, Measure
-from steered_lm.report.cost_reach import Reach, Seen, limit_of, ratio, reaches, width
+from steered_lm.report.cost_reach import Reach, Seen, limit_of, loss_bound, ratio, reaches, width
 from steered_lm.stats import Estimate, PairedDifference, holm, mcnemar_paired, mean_interval, paired_difference, share_interval
 
 Unit = Literal["points", "times", "nats a token", ""]
@@ -42,6 +42,8 @@ class Change(Config):
         p_holm: corrected over all changes of measures of the same role; of the matrix, over the matrix; of subjects, over the measure's.
         shown: the difference in a reader's unit; None where there is none.
         of_100: the mean difference in hundredths of the measure's scale; None where there is no scale.
+        bound: of costs, the most that may have been lost, in the tolerance's own unit and with the worst assumed of what steering made missing;
+            None where nobody knows.
         group: the subject that it is about alone; None for the whole measure.
         level: of a subject, the arm's level on it; else None, and ``CostAnalysis.levels`` has it.
     """
@@ -52,8 +54,14 @@ class Change(Config):
     p_holm: float | None
     shown: Shown | None
     of_100: float | None
+    bound: float | None = None
     group: str | None = None
     level: Estimate | None = None
+
+    @property
+    def established(self) -> bool:
+        """Whether there is a change by its corrected p-value, at the page's level."""
+        return self.p_holm is not None and self.p_holm <= 1.0 - self.difference.confidence + 1e-12
 
 
 class GroupLevel(Config):
@@ -119,6 +127,7 @@ def analyse_cost(data: CostData) -> CostAnalysis:
     changes = [change for role in ("benefit", "cost") for change in _changes(data, [m for m in data.measures if m.role == role], main)]
     matrix = _changes(data, [m for m in data.measures if m.trait is not None], side)
     found = {(change.arm, change.measure): Seen(change.difference, _worst_case(data, change)) for change in changes}
+    changes = [_bounded(data, change, found[change.arm, change.measure]) for change in changes]
     unsteered = {one.measure: one.level.value for one in levels if one.arm == UNSTEERED}
     grouped = [m for m in data.measures if m.groups and m.role != "note"]
     return CostAnalysis(
@@ -187,6 +196,12 @@ def _change(measure: Measure, arm: str, difference: PairedDifference, p_holm: fl
     scale = width(measure)
     of_100 = None if scale is None or difference.mean is None else 100.0 * difference.mean / scale
     return Change(arm=arm, measure=measure.name, difference=difference, p_holm=p_holm, shown=shown(measure, difference), of_100=of_100)
+
+
+def _bounded(data: CostData, change: Change, seen: Seen) -> Change:
+    measure = next(m for m in data.measures if m.name == change.measure)
+    bound = loss_bound(measure, seen.filled) if measure.role == "cost" else None
+    return change.model_copy(update={"bound": None if bound is None or math.isinf(bound) else bound})
 
 
 def shown(measure: Measure, difference: PairedDifference) -> Shown | None:
