@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from steered_lm.config import Config
 from steered_lm.measure.means import TokenMean, exponentiated
 from steered_lm.report.cost_data import UNSTEERED, CostArm, CostData, Measure
+from steered_lm.report.cost_reach import Reach, Seen, limit_of, loss_bound, ratio, reaches, width
 from steered_lm.stats import Estimate, PairedDifference, holm, mcnemar_paired, mean_interval, paired_difference, share_interval
 
-ORDERED = ("alpha", "kl", "weight")
-"""Swept settings whose distance from zero is how strongly a model is steered, by the first word of their names."""
-ALL = "all of them"
+Unit = Literal["points", "times", "nats a token", ""]
 
 
 class Level(Config):
@@ -21,39 +21,70 @@ class Level(Config):
     level: Estimate
 
 
+class Shown(Config):
+    """A difference as a reader sees it.
+
+    Attributes:
+        unit: ``points`` of a hundred (shares, and scales of 0-1 and 0-100), ``times`` the unsteered perplexity, ``nats a token``, or the score's own.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    unit: Unit
+
+
 class Change(Config):
     """One arm minus the unsteered model on one measure.
 
     Attributes:
         difference: of means; of measures of kind ``tokens`` in nats a token.
-        p_holm: corrected over all changes of measures of the same role; of the matrix, over the matrix.
+        p_holm: corrected over all changes of measures of the same role; of the matrix, over the matrix; of subjects, over the measure's.
+        shown: the difference in a reader's unit; None where there is none.
+        of_100: the mean difference in hundredths of the measure's scale; None where there is no scale.
+        bound: of costs, the most that may have been lost, in the tolerance's own unit and with the worst assumed of what steering made missing;
+            None where nobody knows.
+        group: the subject that it is about alone; None for the whole measure.
+        level: of a subject, the arm's level on it; else None, and ``CostAnalysis.levels`` has it.
     """
 
     arm: str
     measure: str
     difference: PairedDifference
     p_holm: float | None
+    shown: Shown | None
+    of_100: float | None
+    bound: float | None = None
+    group: str | None = None
+    level: Estimate | None = None
+
+    @property
+    def established(self) -> bool:
+        """Whether there is a change by its corrected p-value, at the page's level."""
+        return self.p_holm is not None and self.p_holm <= 1.0 - self.difference.confidence + 1e-12
 
 
-class Reach(Config):
-    """How far a sweep can go before a measure may have lost more than is accepted.
+class GroupLevel(Config):
+    """The unsteered model's level on one subject of a measure."""
+
+    measure: str
+    group: str
+    level: Estimate
+
+
+class Margin(Config):
+    """How much of a cost is accepted.
 
     Attributes:
-        measure: its name, or ``all of them``.
-        x: the furthest value that is still within the tolerance, and so is every value before it; 0 when not even the first one is.
-        stopped_at: the value where that ended; None when the sweep ended first.
-        measured: whether a real loss was seen there: the interval lies below zero. If not, there may simply be too few items.
-        loss: the bound on the loss at ``x``, in the tolerance's own unit; None at 0.
-        limit: the tolerance.
+        limit: the tolerance, in its own unit.
+        level: where the loss equals the tolerance; None where the unsteered model has no level.
+        shown: that loss as a change in the unit that changes are shown in.
     """
 
-    series: str
     measure: str
-    x: float
-    stopped_at: float | None
-    measured: bool
-    loss: float | None
     limit: float
+    level: float | None
+    shown: float
 
 
 class CostAnalysis(Config):
@@ -63,6 +94,9 @@ class CostAnalysis(Config):
     changes: tuple[Change, ...]
     matrix: tuple[Change, ...]
     reaches: tuple[Reach, ...]
+    margins: tuple[Margin, ...] = ()
+    groups: tuple[Change, ...] = ()
+    group_levels: tuple[GroupLevel, ...] = ()
 
     def level(self, arm: str, measure: str) -> Estimate | None:
         """Return an arm's level on a measure, None where it was not measured."""
@@ -71,6 +105,14 @@ class CostAnalysis(Config):
     def change(self, arm: str, measure: str) -> Change | None:
         """Return an arm's change on a measure, None where there is none."""
         return next((one for one in (*self.changes, *self.matrix) if (one.arm, one.measure) == (arm, measure)), None)
+
+    def group(self, arm: str, measure: str, group: str) -> Change | None:
+        """Return an arm's change on one subject of a measure, None where there is none."""
+        return next((one for one in self.groups if (one.arm, one.measure, one.group) == (arm, measure, group)), None)
+
+    def margin(self, measure: str) -> Margin | None:
+        """Return what is accepted of a cost, None for what is no cost."""
+        return next((one for one in self.margins if one.measure == measure), None)
 
 
 def analyse_cost(data: CostData) -> CostAnalysis:
@@ -84,9 +126,23 @@ def analyse_cost(data: CostData) -> CostAnalysis:
     main, side = [a for a in data.arms if a.series is not None], [a for a in data.arms if a.trait is not None]
     changes = [change for role in ("benefit", "cost") for change in _changes(data, [m for m in data.measures if m.role == role], main)]
     matrix = _changes(data, [m for m in data.measures if m.trait is not None], side)
-    found = {(change.arm, change.measure): _worst_case(data, change) for change in changes}
-    reaches = [reach for series, arms in data.series.items() for reach in _reaches(data, series, arms, found)]
-    return CostAnalysis(levels=tuple(levels), changes=tuple(changes), matrix=tuple(matrix), reaches=tuple(reaches))
+    found = {(change.arm, change.measure): Seen(change.difference, _worst_case(data, change)) for change in changes}
+    changes = [_bounded(data, change, found[change.arm, change.measure]) for change in changes]
+    unsteered = {one.measure: one.level.value for one in levels if one.arm == UNSTEERED}
+    grouped = [m for m in data.measures if m.groups and m.role != "note"]
+    return CostAnalysis(
+        levels=tuple(levels),
+        changes=tuple(changes),
+        matrix=tuple(matrix),
+        reaches=tuple(reach for series, arms in data.series.items() for reach in reaches(data, series, arms, found)),
+        margins=tuple(_margin(data, m, unsteered[m.name]) for m in data.measures if m.role == "cost"),
+        groups=tuple(change for measure in grouped for change in _group_changes(data, measure, main)),
+        group_levels=tuple(
+            GroupLevel(measure=m.name, group=g, level=_level(_only(m, g), UNSTEERED, data.confidence))
+            for m in grouped
+            for g in dict.fromkeys(m.groups)
+        ),
+    )
 
 
 def token_mean(measure: Measure, arm: str) -> TokenMean:
@@ -109,10 +165,76 @@ def _changes(data: CostData, measures: Sequence[Measure], arms: Sequence[CostArm
     pairs = [(arm.name, measure) for measure in measures for arm in arms if arm.name in measure.values]
     found = [_difference(measure, arm, data) for arm, measure in pairs]
     corrected = holm([difference.p_value for difference in found])
+    return [_change(measure, arm, difference, p) for (arm, measure), difference, p in zip(pairs, found, corrected, strict=True)]
+
+
+def _group_changes(data: CostData, measure: Measure, arms: Sequence[CostArm]) -> list[Change]:
+    parts = {group: _only(measure, group) for group in dict.fromkeys(measure.groups)}
+    pairs = [(arm.name, group) for arm in arms if arm.name in measure.values for group in parts]
+    found = [_difference(parts[group], arm, data) for arm, group in pairs]
+    corrected = holm([difference.p_value for difference in found])
     return [
-        Change(arm=arm, measure=measure.name, difference=difference, p_holm=p)
-        for (arm, measure), difference, p in zip(pairs, found, corrected, strict=True)
+        _change(parts[group], arm, d, p).model_copy(update={"group": group, "level": _level(parts[group], arm, data.confidence)})
+        for (arm, group), d, p in zip(pairs, found, corrected, strict=True)
     ]
+
+
+def _only(measure: Measure, group: str) -> Measure:
+    """Return the measure with one subject's items alone."""
+    own = [i for i, name in enumerate(measure.groups) if name == group]
+    return measure.model_copy(
+        update={
+            "items": tuple(measure.items[i] for i in own),
+            "groups": (group,) * len(own),
+            "tokens": tuple(measure.tokens[i] for i in own) if measure.tokens else (),
+            "values": {arm: tuple(values[i] for i in own) for arm, values in measure.values.items()},
+        }
+    )
+
+
+def _change(measure: Measure, arm: str, difference: PairedDifference, p_holm: float | None) -> Change:
+    scale = width(measure)
+    of_100 = None if scale is None or difference.mean is None else 100.0 * difference.mean / scale
+    return Change(arm=arm, measure=measure.name, difference=difference, p_holm=p_holm, shown=shown(measure, difference), of_100=of_100)
+
+
+def _bounded(data: CostData, change: Change, seen: Seen) -> Change:
+    measure = next(m for m in data.measures if m.name == change.measure)
+    bound = loss_bound(measure, seen.filled) if measure.role == "cost" else None
+    return change.model_copy(update={"bound": None if bound is None or math.isinf(bound) else bound})
+
+
+def shown(measure: Measure, difference: PairedDifference) -> Shown | None:
+    """Return a difference in the unit in which a reader sees it; None where there is none, or a perplexity's ratio is too large to write."""
+    if difference.mean is None:
+        return None
+    unit = unit_of(measure)
+    value, low, high = (None if end is None else _in_unit(measure, unit, end) for end in (difference.mean, difference.low, difference.high))
+    if value is None or math.isinf(value) or (high is not None and math.isinf(high)):
+        return None
+    return Shown(value=value, low=low, high=high, unit=unit)
+
+
+def _in_unit(measure: Measure, unit: Unit, difference: float) -> float:
+    if unit == "times":
+        return ratio(difference)
+    return 100.0 * difference if unit == "points" and width(measure) == 1.0 else difference
+
+
+def unit_of(measure: Measure) -> Unit:
+    """Return the unit in which a measure's changes are shown."""
+    if measure.kind == "tokens":
+        return "times" if measure.exponentiate else "nats a token"
+    return "points" if measure.kind == "accuracy" or measure.scale in ((0.0, 1.0), (0.0, 100.0)) else ""
+
+
+def _margin(data: CostData, measure: Measure, unsteered: float | None) -> Margin:
+    limit, worse = limit_of(data, measure), -1.0 if measure.higher_is_better else 1.0
+    loss = worse * limit * (width(measure) or 1.0)
+    level = None if unsteered is None else unsteered * (1.0 + limit) if measure.exponentiate else unsteered + loss
+    return Margin(
+        measure=measure.name, limit=limit, level=level, shown=1.0 + limit if measure.exponentiate else _in_unit(measure, unit_of(measure), loss)
+    )
 
 
 def _difference(measure: Measure, arm: str, data: CostData) -> PairedDifference:
@@ -133,64 +255,3 @@ def _worst_case(data: CostData, change: Change) -> PairedDifference:
     worst = low if measure.higher_is_better else high
     filled = tuple(worst if value is None else value for value in measure.values[change.arm])
     return _difference(measure.model_copy(update={"values": measure.values | {change.arm: filled}}), change.arm, data)
-
-
-def _reaches(data: CostData, series: str, arms: Sequence[CostArm], found: dict[tuple[str, str], PairedDifference]) -> list[Reach]:
-    """Return how far the series reaches on each side of zero, for each cost and for all of them together.
-
-    Values are tested in order of their distance from zero, up to the first that fails. Such a fixed sequence needs no correction (Maurer,
-    Hothorn & Lehmacher 1995), and that all costs are within their tolerances at once is an intersection-union test, which needs none either
-    (Berger 1982, Technometrics 24:295). The bound is one end of the two-sided interval.
-    """
-    if data.axis is None or data.axis.split()[0] not in ORDERED:
-        return []
-    costs = [m for m in data.measures if m.role == "cost"]
-    reaches = []
-    for sign in (1.0, -1.0):
-        way = sorted((arm for arm in arms if arm.x is not None and arm.x * sign > 0), key=lambda arm: abs(arm.x or 0.0))
-        if way:
-            own = [_reach(data, series, way, [measure], found) for measure in costs]
-            reaches += [*own, *([_reach(data, series, way, costs, found)] if len(costs) > 1 else [])]
-    return reaches
-
-
-def _reach(data: CostData, series: str, way: Sequence[CostArm], costs: Sequence[Measure], found: dict[tuple[str, str], PairedDifference]) -> Reach:
-    name = costs[0].name if len(costs) == 1 else ALL
-    limit = data.perplexity_tolerance if len(costs) == 1 and costs[0].exponentiate else data.tolerance
-    x, loss = 0.0, None
-    for arm in way:
-        assert arm.x is not None
-        bounds = [(measure, loss_bound(measure, found.get((arm.name, measure.name)))) for measure in costs]
-        failed = [measure for measure, bound in bounds if bound is None or bound > _limit(data, measure)]
-        if failed:
-            measured = any(_worse(measure, found.get((arm.name, measure.name))) for measure in failed)
-            return Reach(series=series, measure=name, x=x, stopped_at=arm.x, measured=measured, loss=loss, limit=limit)
-        x, loss = arm.x, bounds[0][1] if len(costs) == 1 else None
-    return Reach(series=series, measure=name, x=x, stopped_at=None, measured=False, loss=loss, limit=limit)
-
-
-def _limit(data: CostData, measure: Measure) -> float:
-    return data.perplexity_tolerance if measure.exponentiate else data.tolerance
-
-
-def loss_bound(measure: Measure, difference: PairedDifference | None) -> float | None:
-    """Return the most that may have been lost, by the interval: a share of the scale, of a perplexity its relative growth; None where nobody knows.
-
-    Where all items changed by the same amount there is no interval, and that amount is the bound only when it is zero for every item.
-    """
-    if difference is None or difference.mean is None or (difference.missing and measure.kind == "tokens"):
-        return None
-    low, high = difference.low, difference.high
-    if low is None or high is None:
-        return 0.0 if difference.mean == 0.0 and "equal" in (difference.reason or "") else None
-    worst = -low if measure.higher_is_better else high
-    if measure.kind == "tokens":
-        return math.expm1(worst) if measure.exponentiate else worst
-    width = 1.0 if measure.scale is None else measure.scale[1] - measure.scale[0]
-    return worst / width
-
-
-def _worse(measure: Measure, difference: PairedDifference | None) -> bool:
-    if difference is None or difference.low is None or difference.high is None:
-        return False
-    return difference.high < 0.0 if measure.higher_is_better else difference.low > 0.0

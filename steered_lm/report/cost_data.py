@@ -1,10 +1,13 @@
 """What a cost page is drawn from: every arm's value on every item of every measure."""
 
+import json
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from steered_lm.config import Config
+from steered_lm.errors import RunError
 from steered_lm.report.data import ModelInfo, Provenance, Sample, Scalar, Scores
 
 UNSTEERED = "unsteered"
@@ -77,6 +80,8 @@ class Measure(Config):
             raise ValueError(f"measure {self.name!r} is a cost, and nobody says which way is better, or how wide its scale is")
         if self.kind == "accuracy" and any(not {*values} <= {0.0, 1.0, None} for values in self.values.values()):
             raise ValueError(f"measure {self.name!r} is an accuracy and has answers that are neither 0, 1 nor None")
+        if self.exponentiate and (self.kind != "tokens" or (self.role == "cost" and self.higher_is_better)):
+            raise ValueError(f"measure {self.name!r} is shown as a perplexity, so it is of kind 'tokens', and lower is better")
         if len(self.tokens) != (len(self.items) if self.kind == "tokens" else 0) or len(self.groups) not in (0, len(self.items)):
             raise ValueError(f"measure {self.name!r}: groups, and tokens of kind 'tokens', have one entry an item")
         return self
@@ -118,6 +123,14 @@ class CostData(Config):
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names) or names[0] != UNSTEERED or self.arms[0].series is not None:
             raise ValueError(f"arms need names of their own, and the first is {UNSTEERED!r}; got {', '.join(names)}")
+        if any(arm.series is not None and arm.trait is not None for arm in self.arms):
+            raise ValueError("an arm with a trait belongs to the matrix of side effects and to no series")
+        if len({measure.name for measure in self.measures}) != len(self.measures):
+            raise ValueError(f"measures need names of their own; got {', '.join(measure.name for measure in self.measures)}")
+        for series, arms in self.series.items():
+            values = [arm.x for arm in arms if arm.x is not None]
+            if len(set(values)) != len(values):
+                raise ValueError(f"series {series!r} has two arms of one value; got {', '.join(f'{value:g}' for value in values)}")
         for measure in self.measures:
             unknown = [arm for arm in measure.values if arm not in names]
             if unknown or UNSTEERED not in measure.values:
@@ -132,3 +145,20 @@ class CostData(Config):
             if arm.series is not None:
                 found.setdefault(arm.series, []).append(arm)
         return {name: sorted(arms, key=lambda arm: arm.x or 0.0) for name, arms in found.items()}
+
+
+def load_cost(path: Path | str) -> CostData:
+    """Return the data of a cost page's JSON file, as ``render_cost`` wrote it or bare.
+
+    Raises:
+        RunError: when the file is missing, is no JSON, or does not hold such data.
+    """
+    # not by YAML, which takes minutes for the values of a whole benchmark
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise RunError(f"{str(path)!r} cannot be read: {problem}. Give the cost.json that `steered-lm cost` wrote.") from problem
+    except ValueError as problem:
+        raise RunError(f"{str(path)!r} is not JSON: {problem}. Give the cost.json that `steered-lm cost` wrote.") from problem
+    data = found["data"] if isinstance(found, dict) and "data" in found else found
+    return CostData.parse(data, source=f"cost page {str(path)!r}", error=RunError)
