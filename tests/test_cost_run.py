@@ -273,7 +273,7 @@ def test_a_sweep_over_mmlu_and_truthfulqa_equals_single_runs_on_a_real_model(tmp
         for measure, again in zip(sweep.measures, alone.measures, strict=True):
             assert again.items == measure.items
             assert again.values[f"at{alpha}"] == pytest.approx(measure.values[f"spec, alpha {alpha:g}"], abs=1e-4 if measure.kind == "score" else 0)
-    assert len({values for values in mc2.values.values()}) == 8, "every alpha answers in its own way"
+    assert len(set(mc2.values.values())) == 8, "every alpha answers in its own way"
 
 
 # ------------------------------------------------------------------------------------------------ bad input
