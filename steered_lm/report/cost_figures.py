@@ -38,7 +38,7 @@ def cost_figures(data: CostData, analysis: CostAnalysis) -> CostFigures:
     """Return the figures that the data can fill."""
     swept = data.axis is not None and any(arm.x is not None for arm in data.arms)
     draw = _curve if swept else _forest
-    shown = [(i, m) for i, m in enumerate(data.measures) if m.name != "kl"]
+    shown = [(i, m) for i, m in enumerate(data.measures) if m.name != "kl" or not swept]
     curves = [draw(f"measure-{i}", data, analysis, measure) for i, measure in shown]
     kl = next((_curve("kl", data, analysis, m) for m in data.measures if m.name == "kl"), None) if swept else None
     trades = [
@@ -148,8 +148,9 @@ def _forest(name: str, data: CostData, analysis: CostAnalysis, measure: Measure)
         "name": "steered minus unsteered",
         "hovertemplate": "%{x:.3g}<extra>%{y}</extra>",
     }
-    x = _change_axis(measure)
-    layout = style_layout(height_for([row for row, _ in known]), x=x, y=name_rows([row for row, _ in known]))
+    x = _change_axis(measure) | {"range": _range(analysis, measure, [shown for _, shown in known])}
+    rows = name_rows([row for row, _ in known]) | {"autorange": False, "range": [len(known) - 0.5, -0.5]}
+    layout = style_layout(height_for([row for row, _ in known]), x=x, y=rows)
     layout |= {"showlegend": False, "shapes": _margin_lines(analysis, measure, "x")}
     alt = f"Change of {_spaced(measure.name)} by each spec, with {data.confidence:.0%} intervals"
     alt += "; dashed green: the loss that is accepted." if measure.role == "cost" else "."
@@ -159,18 +160,22 @@ def _forest(name: str, data: CostData, analysis: CostAnalysis, measure: Measure)
 def _trade(name: str, data: CostData, analysis: CostAnalysis, benefit: Measure, cost: Measure) -> Figure | None:
     """Draw what is gained on one measure against what is lost on another, joined in order of the swept setting."""
     drawn: list[Json] = []
+    every: list[tuple[Shown, Shown]] = []
     series = data.series
     for (title, arms), colour in zip(series.items(), _colours(series), strict=True):
         points = [(arm, *_both(analysis, arm, benefit, cost)) for arm in arms]
         known = [(arm, gain, loss) for arm, gain, loss in points if gain is not None and loss is not None]
         if known:
-            drawn += [*_crosses([(gain, loss) for _, gain, loss in known], colour), _path(title, known, colour)]
+            every += [(gain, loss) for _, gain, loss in known]
+            drawn += [*_crosses(every[-len(known) :], colour), _path(title, known, colour)]
     if not drawn:
         return None
     origin: Json = {"type": "scatter", "mode": "markers", "x": [_nothing(benefit)], "y": [_nothing(cost)], "name": "unsteered"}
     drawn.append(origin | {"marker": {"color": GREY, "size": 10, "symbol": "diamond"}, "hovertemplate": "unsteered<extra></extra>"})
-    x, y = _change_axis(benefit), _change_axis(cost)
-    layout = style_layout(_SOLE_HEIGHT + 60 + 20 * len(series), x=x, y=y | ({} if cost.higher_is_better else {"autorange": "reversed"}))
+    x = _change_axis(benefit) | {"range": _range(analysis, benefit, [gain for gain, _ in every])}
+    span = _range(analysis, cost, [loss for _, loss in every])
+    y = _change_axis(cost) | {"range": span if cost.higher_is_better else span[::-1]}
+    layout = style_layout(_SOLE_HEIGHT + 60 + 20 * len(series), x=x, y=y)
     layout |= {"shapes": [*_margin_lines(analysis, cost, "y"), *_unit_lines(benefit, cost)]}
     labelled = f"each point is labelled with its {data.axis}" if data.axis else "one point a spec"
     alt = (
@@ -232,12 +237,21 @@ def _unit_lines(benefit: Measure, cost: Measure) -> list[JsonValue]:
 
 def _across(axis: str, at: float, line: Json) -> Json:
     other = "y" if axis == "x" else "x"
-    return {"type": "line", f"{other}ref": "paper", f"{other}0": 0, f"{other}1": 1, f"{axis}0": at, f"{axis}1": at, "line": line, "layer": "below"}
+    return {"type": "line", f"{other}ref": "paper", f"{other}0": 0, f"{other}1": 1, f"{axis}0": at, f"{axis}1": at, "line": line}
 
 
 def _nothing(measure: Measure) -> float:
     """Return how no change is shown."""
     return 1.0 if measure.exponentiate else 0.0
+
+
+def _range(analysis: CostAnalysis, measure: Measure, changes: Sequence[Shown]) -> list[JsonValue]:
+    """Return an axis range with no change in it, what is accepted, and room around the longest interval."""
+    margin = analysis.margin(measure.name)
+    ends = [_nothing(measure), *(v for one in changes for v in (one.value, one.low, one.high) if v is not None)]
+    ends += [] if margin is None else [margin.shown]
+    room = 0.07 * ((max(ends) - min(ends)) or 1.0)
+    return [min(ends) - room, max(ends) + room]
 
 
 def _change_axis(measure: Measure) -> Json:
@@ -255,7 +269,7 @@ def _side_effects(data: CostData, analysis: CostAnalysis) -> Figure | None:
     if not values:
         return None
     end = max(1.0, *(abs(value) for value in values))
-    columns, names = [label(name, 14) for name in _distinct(measures)], [label(name, 18) for name in _distinct(arms)]
+    columns, names = [label(name, 14) for name in side_names(measures)], [label(name, 18) for name in side_names(arms)]
     heat: Json = {
         "type": "heatmap",
         "x": list(columns),
@@ -292,7 +306,7 @@ def matrix_axes(data: CostData) -> tuple[list[CostArm], list[Measure]]:
     return arms, [m for m in data.measures if m.trait is not None and any(arm.name in m.values for arm in arms)]
 
 
-def _distinct(found: Sequence[CostArm] | Sequence[Measure]) -> list[str]:
+def side_names(found: Sequence[CostArm] | Sequence[Measure]) -> list[str]:
     """Return their traits, or their own names where a trait occurs twice: what has the same name would share a row."""
     traits = [one.trait for one in found]
     return [one.trait if one.trait is not None and traits.count(one.trait) == 1 else one.name for one in found]
@@ -329,6 +343,10 @@ def _bands(name: str, data: CostData, measure: Measure) -> Figure:
     ]
     x = style_axis("share of scored responses", tickformat=".0%", range=[0, 1])
     layout = style_layout(height_for(rows), x=x, y=name_rows(rows)) | {"barmode": "stack", "bargap": 0.3}
+    layout |= {
+        "margin": {"l": 8, "r": 12, "t": 34, "b": 14},
+        "legend": {"traceorder": "normal", "orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom"},
+    }
     return Figure(name=name, alt=f"Bands of the scores of {_spaced(measure.name)}, from 0–20 (light) to 81–100 (dark).", data=drawn, layout=layout)
 
 

@@ -10,6 +10,8 @@ from steered_lm.report.wording import count, p_value, percent, plain, setting, s
 
 MISSING_SHARE = 0.1
 _TOLD = 6
+_ONE_BY_ONE = 4
+_FOUND: tuple[tuple[Tone, str], ...] = (("good", "gain"), ("bad", "loss"))
 
 
 def cost_headline(data: CostData, analysis: CostAnalysis) -> Headline:
@@ -24,8 +26,17 @@ def cost_headline(data: CostData, analysis: CostAnalysis) -> Headline:
         sentences = [sentence for reach in joint for sentence in _at_reach(data, analysis, reach, analysis.reaches)]
     else:
         tone, title = _plain_title(data, analysis, arms)
-        sentences = [sentence for arm in arms for sentence in _arm_sentences(data, analysis, arm)]
+        if len(arms) > _ONE_BY_ONE:
+            sentences = [_spread(data, analysis, measure) for measure in data.measures if measure.role != "note"]
+        else:
+            sentences = [sentence for arm in arms for sentence in _arm_sentences(data, analysis, arm)]
     return Headline(tone=tone, title=title, sentences=(*sentences, *_warnings(data, analysis, arms)))
+
+
+def in_table(data: CostData, measure: Measure) -> bool:
+    """Return whether a measure belongs to the arms that are compared, and not to the matrix of side effects alone."""
+    main, side = ([arm.name for arm in data.arms[1:] if (arm.trait is None) == which] for which in (True, False))
+    return any(name in measure.values for name in main) or not any(name in measure.values for name in side)
 
 
 def limit_words(data: CostData, measure: Measure) -> str:
@@ -195,23 +206,23 @@ def _verdict(measure: Measure, change: Change) -> Tone:
 
 def _kept(data: CostData, analysis: CostAnalysis, arm: CostArm, measure: Measure, where: str) -> Sentence:
     change = analysis.change(arm.name, measure.name)
-    bound = (
-        ""
-        if change is None or change.bound is None
-        else f", so at most {loss_words(measure, max(0.0, change.bound))} {'are' if unit_of(measure) == 'points' else 'is'} lost"
-    )
+    bound = "" if change is None or change.bound is None else f", {_at_most(measure, change.bound)}"
     if change is not None and change.difference.missing:
         bound += f" (with the worst assumed of {count(change.difference.missing, 'missing item')})"
     return _sentence("good", f"{where}{measure.name} stays within {limit_words(data, measure)}: {_noun(measure)} {change_words(change)}{bound}.")
 
 
+def _at_most(measure: Measure, bound: float) -> str:
+    most = loss_words(measure, max(0.0, bound))
+    if unit_of(measure) == "times":
+        return f"so it grows by at most {most}"
+    return f"so at most {most} {'are' if unit_of(measure) == 'points' else 'is'} lost"
+
+
 def _stop(data: CostData, analysis: CostAnalysis, reach: Reach, who: str) -> Sentence:
     axis, limit = data.axis or "", limit_words(data, _measure(data, reach.measure))
-    why = why_words(data, analysis, reach)
-    if reach.arm is None:
-        text = f"{who}no {axis} is shown to stay within {limit} on {reach.measure}; at {setting(reach.stopped_at)}, {why}."
-    else:
-        text = f"{who}{reach.measure} is not shown to stay within {limit} beyond {axis} {setting(reach.x)}; at {setting(reach.stopped_at)}, {why}."
+    start = f"{who}no {axis}" if reach.arm is None else f"{who}no {axis} beyond {setting(reach.x)}"
+    text = f"{start} is shown to keep {reach.measure} within {limit}; at {setting(reach.stopped_at)}, {why_words(data, analysis, reach)}."
     return _sentence("bad" if reach.why == "lost" else "unclear", text)
 
 
@@ -244,6 +255,18 @@ def _arm_sentences(data: CostData, analysis: CostAnalysis, arm: CostArm) -> list
     return found
 
 
+def _spread(data: CostData, analysis: CostAnalysis, measure: Measure) -> Sentence:
+    """Tell a measure's changes over many specs; which is the best of many is not told, because the best of many is lucky."""
+    found = [(c, c.shown) for c in analysis.changes if c.measure == measure.name and c.shown is not None]
+    if not found:
+        return _sentence("unclear", f"{measure.name}: nothing to compare.")
+    low, high = min(found, key=lambda one: one[1].value)[0], max(found, key=lambda one: one[1].value)[0]
+    tones = [_verdict(measure, change) for change, _ in found]
+    counted = "; ".join(f"a {word} is established under {tones.count(tone)} of {count(len(found), 'spec')}" for tone, word in _FOUND)
+    text = f"{measure.name}: from {change_words(low)} under {low.arm} to {change_words(high)} under {high.arm}; {counted}."
+    return _sentence("bad" if "bad" in tones else "good" if "good" in tones else "unclear", text)
+
+
 def _warnings(data: CostData, analysis: CostAnalysis, arms: Sequence[CostArm]) -> list[Sentence]:
     found = []
     if data.axis is None and arms:
@@ -256,7 +279,7 @@ def _warnings(data: CostData, analysis: CostAnalysis, arms: Sequence[CostArm]) -
         found.append("No cost was measured, so this page says what steering buys and not what it costs.")
     found += [_too_few(data, analysis, role) for role in ("benefit", "cost")]
     found += _missing(data)
-    absent = [f"{m.name} under {arm.name}" for m in data.measures for arm in arms if arm.name not in m.values]
+    absent = [f"{m.name} under {arm.name}" for m in data.measures if in_table(data, m) for arm in arms if arm.name not in m.values]
     if absent:
         found.append(f"Not measured: {_some(absent)}.")
     return [_sentence("warning", text) for text in found if text]
@@ -283,7 +306,7 @@ def _missing(data: CostData) -> list[str]:
     if little:
         total = sum(gone for _, _, gone in little)
         found.append(
-            f"{count(total, 'value')} more {'is' if total == 1 else 'are'} missing: {_some([f'{m.name} under {arm}' for m, arm, _ in little])}."
+            f"{count(total, 'more value')} {'is' if total == 1 else 'are'} missing: {_some([f'{m.name} under {arm}' for m, arm, _ in little])}."
         )
     if found:
         found.append("What is missing drops out of differences; for the tolerance, the worst is assumed of what is missing under steering.")
@@ -300,7 +323,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _sentence(tone: Tone, text: str) -> Sentence:
-    return Sentence(tone=tone, text=text[:1].upper() + text[1:])
+    start = next((start for start in ("at ", "no ") if text.startswith(start)), "")
+    return Sentence(tone=tone, text=start.capitalize() + text.removeprefix(start))
 
 
 def number(value: float) -> str:

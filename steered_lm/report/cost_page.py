@@ -12,7 +12,7 @@ from steered_lm.config import Config, write_atomic
 from steered_lm.report import cost_headline
 from steered_lm.report.cost_analysis import Change, CostAnalysis, analyse_cost, unit_of
 from steered_lm.report.cost_data import UNSTEERED, CostArm, CostData, Measure, load_cost
-from steered_lm.report.cost_figures import cost_figures, matrix_axes
+from steered_lm.report.cost_figures import cost_figures, matrix_axes, side_names
 from steered_lm.report.headline import Headline
 from steered_lm.report.page import TINY, page_environment
 from steered_lm.report.wording import setting
@@ -100,12 +100,13 @@ def cost_html(report: CostReport) -> str:
             plotly=Markup(get_plotlyjs()),
             unsteered=UNSTEERED,
             measures={measure.name: measure for measure in data.measures},
-            side_arms=side_arms,
-            side_measures=side_measures,
+            side_arms=list(zip(side_names(side_arms), side_arms, strict=True)),
+            side_measures=list(zip(side_names(side_measures), side_measures, strict=True)),
             grouped=[(m, list(dict.fromkeys(m.groups))) for m in data.measures if m.groups and m.role != "note"],
             group_levels={(one.measure, one.group): one.level for one in analysis.group_levels},
             subjects={(one.arm, one.measure, one.group): one for one in analysis.groups},
             families={role: sum(_role(data, c) == role for c in analysis.changes) for role in ("benefit", "cost")},
+            main_arms=[arm for arm in data.arms if arm.series is not None],
             tiny=data.model.parameters is not None and data.model.parameters < TINY,
         )
     )
