@@ -231,13 +231,16 @@ def evaluate(context: typer.Context) -> None:
 
 @report_app.command("render")
 def report_render(
-    data: Annotated[Path, typer.Argument(help="The report.json of a run.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    data: Annotated[Path, typer.Argument(help="The report.json of a run, or the cost.json of a cost page.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write: by default report.html; of a cost page the folder for its files.")] = None,
 ) -> None:
-    """Draw a report again from its JSON."""
+    """Draw a report or a cost page again from its JSON."""
     from steered_lm.report import load_report, render
+    from steered_lm.report.cost_data import holds_cost, load_cost
+    from steered_lm.report.cost_page import render_cost
 
-    console.print(f"wrote {render(load_report(data), out).html}")
+    page = render_cost(load_cost(data), out or Path("cost")).html if holds_cost(data) else render(load_report(data), out or Path("report.html")).html
+    console.print(f"wrote {page}", soft_wrap=True)
 
 
 @app.command()

@@ -9,16 +9,17 @@ from rich.markup import escape
 
 from steered_lm.commands.model import BatchSize, Device, Dtype, ModelName, PromptFormatName, PromptFormatOption, model_config
 from steered_lm.commands.options import JudgeOptions, parse_options
-from steered_lm.commands.tables import interval, number, table
+from steered_lm.commands.tables import table
 from steered_lm.content import TINY_CHAT
 from steered_lm.measure.texts import as_split
 from steered_lm.progress import StepBar
 
 if TYPE_CHECKING:
-    from steered_lm.report.cost_analysis import CostAnalysis
-    from steered_lm.report.cost_data import CostData
+    from steered_lm.report.cost_data import Measure
+    from steered_lm.report.cost_page import CostReport
 
 console = Console(emoji=False)
+_WIDTH = 4
 
 
 def cost(
@@ -30,9 +31,7 @@ def cost(
     kl: Annotated[float | None, typer.Option(help="Take every spec at the alpha that is this far from the unsteered model, nats a token.")] = None,
     task: Annotated[
         list[str],
-        typer.Option(
-            help="mmlu, mmlu_<category or subject>, truthfulqa_mc1, _mc2, _gen, lamp_1 to lamp_7, …; again for more. Default: MMLU, TruthfulQA."
-        ),
+        typer.Option(help="mmlu, mmlu_<category or subject>, truthfulqa_mc1, lamp_3, …; again for more. Default: MMLU and TruthfulQA."),
     ] = [],  # noqa: B006 - typer takes a list as default and copies it
     trait: Annotated[list[str], typer.Option(help="Also how strongly responses show a trait: evil, formality, … or a trait's file.")] = [],  # noqa: B006
     persona: Annotated[str | None, typer.Option(help="Also how well responses fit a persona.")] = None,
@@ -42,7 +41,7 @@ def cost(
     ] = False,
     judge: Annotated[
         str | None,
-        typer.Option(help="openai:<model>, anthropic:<model>, hf:<model>, a panel's file. Default: stylometric, and markers for the axes."),
+        typer.Option(help="openai:<model>, anthropic:<model>, hf:<model>, a panel. Default: stylometric, and markers for the axes."),
     ] = None,
     judge_option: JudgeOptions = [],  # noqa: B006
     judge_cache: Annotated[Path | None, typer.Option(help="SQLite file that keeps verdicts; by default in --out.")] = None,
@@ -70,8 +69,7 @@ def cost(
     """Measure what steering buys and costs: the same items under several specs or a sweep, compared pair by pair."""
     from steered_lm.cost.config import CostConfig
     from steered_lm.cost.run import run_cost
-    from steered_lm.report.cost_analysis import analyse_cost
-    from steered_lm.report.cost_page import render_cost
+    from steered_lm.report.cost_page import build_cost, render_cost
 
     chosen = model_config(model, device, dtype, batch_size, prompt_format)
     settings: dict[str, Any] = {
@@ -107,23 +105,40 @@ def cost(
     except KeyboardInterrupt:
         Console(stderr=True, emoji=False).print(f"interrupted. What is finished is in {out}: the same command goes on from there.", soft_wrap=True)
         raise
-    _show(found, analyse_cost(found))
+    _show(build_cost(found))
     files = render_cost(found, out)
     console.print(f"page:  {files.html.resolve()}\ntable: {files.csv}\ndata:  {files.json}", soft_wrap=True, highlight=False)
 
 
-def _show(data: "CostData", analysis: "CostAnalysis") -> None:
-    for measure in data.measures:
-        kind = "perplexity; change in nats a token" if measure.exponentiate else measure.about
-        shown = table(f"{measure.name}: {kind}", ("arm",), ("level", "interval", "minus unsteered", "interval ", "p (Holm)", "n", "missing"))
-        for arm in data.arms:
-            level = analysis.level(arm.name, measure.name)
-            if level is None:
-                continue
-            change = analysis.change(arm.name, measure.name)
-            difference = change.difference if change is not None else None
-            cells = ("", "", "")
-            if difference is not None and change is not None:
-                cells = (number(difference.mean), interval(difference, shown), "-" if change.p_holm is None else f"{change.p_holm:.2g}")
-            shown.add_row(escape(arm.name), number(level.value), interval(level, shown), *cells, str(level.n), str(level.missing))
-        console.print(shown)
+def _show(report: "CostReport") -> None:
+    """Print the verdict, and what changed under every arm, a few measures a table so that they fit into a terminal."""
+    data = report.data
+    shown = [measure for measure in data.measures if measure.role != "note"]
+    arms = [arm for arm in data.arms if arm.trait is None]
+    for first in range(0, len(shown), _WIDTH):
+        some = shown[first : first + _WIDTH]
+        made = table(
+            "Unsteered, and what changed; 95 % intervals, * p < 0.05 after Holm", ("arm",), [measure.name.replace("_", " ") for measure in some]
+        )
+        for arm in arms:
+            name = arm.name if arm.x is None or len(data.series) > 1 else f"{data.axis} {arm.x:g}"
+            made.add_row(escape(name), *(_cell(report, arm.name, measure) for measure in some))
+        console.print(made)
+    console.print(f"[bold]{escape(report.headline.title)}[/bold]")
+    for sentence in report.headline.sentences:
+        console.print(f"• {sentence.text}", highlight=False, markup=False)
+
+
+def _cell(report: "CostReport", arm: str, measure: "Measure") -> str:
+    from steered_lm.report.cost_headline import change_words, write_level
+
+    level, change = report.analysis.level(arm, measure.name), report.analysis.change(arm, measure.name)
+    if level is None:
+        return "-"
+    if change is None:
+        ends = [write_level(measure, value) for value in (level.low, level.high)]
+        return f"{write_level(measure, level.value)}\n({ends[0]} to {ends[1]})"
+    star = "*" if change.p_holm is not None and change.p_holm < 0.05 else ""
+    number, _, interval = change_words(change).partition(" ")
+    missing = f"\n{change.difference.missing} missing" if change.difference.missing else ""
+    return f"{number}{star}\n{interval}{missing}"

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -147,18 +147,31 @@ class CostData(Config):
         return {name: sorted(arms, key=lambda arm: arm.x or 0.0) for name, arms in found.items()}
 
 
+def holds_cost(path: Path) -> bool:
+    """Return whether a JSON file is a cost page's, and not another report's.
+
+    Raises:
+        RunError: when the file is missing or no JSON.
+    """
+    found = _read(path)
+    return isinstance(found, dict) and "measures" in found
+
+
 def load_cost(path: Path | str) -> CostData:
     """Return the data of a cost page's JSON file, as ``render_cost`` wrote it or bare.
 
     Raises:
         RunError: when the file is missing, is no JSON, or does not hold such data.
     """
+    return CostData.parse(_read(path), source=f"cost page {str(path)!r}", error=RunError)
+
+
+def _read(path: Path | str) -> Any:
     # not by YAML, which takes minutes for the values of a whole benchmark
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as problem:
-        raise RunError(f"{str(path)!r} cannot be read: {problem}. Give the cost.json that `steered-lm cost` wrote.") from problem
+        raise RunError(f"{str(path)!r} cannot be read: {problem}. Give the JSON file of a report or a cost page.") from problem
     except ValueError as problem:
-        raise RunError(f"{str(path)!r} is not JSON: {problem}. Give the cost.json that `steered-lm cost` wrote.") from problem
-    data = found["data"] if isinstance(found, dict) and "data" in found else found
-    return CostData.parse(data, source=f"cost page {str(path)!r}", error=RunError)
+        raise RunError(f"{str(path)!r} is not JSON: {problem}. Give the JSON file of a report or a cost page.") from problem
+    return found["data"] if isinstance(found, dict) and "data" in found else found
