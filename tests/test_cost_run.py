@@ -2,6 +2,7 @@ import json
 import logging
 import math
 
+import peft
 import pytest
 import torch
 from fault_server import FaultServer, guesses, says
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from steered_lm.benchmarks.folder import VARIABLE
 from steered_lm.cli import app
 from steered_lm.content import TINY_CHAT
-from steered_lm.cost import run as cost_run
+from steered_lm.cost import measuring
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.measures import plan_task
 from steered_lm.cost.run import run_cost
@@ -51,13 +52,13 @@ def settings(spec, tmp_path, **more):
 def counted(monkeypatch):
     """The (task, arms) that are really evaluated."""
     calls = []
-    real = cost_run.evaluate_items
+    real = measuring.evaluate_items
 
     def evaluate(lm, task, candidates, **options):
         calls.append((task.task_name, [candidate.name for candidate in candidates]))
         return real(lm, task, candidates, **options)
 
-    monkeypatch.setattr(cost_run, "evaluate_items", evaluate)
+    monkeypatch.setattr(measuring, "evaluate_items", evaluate)
     return calls
 
 
@@ -164,7 +165,7 @@ def test_finished_arms_are_reused_and_only_new_ones_run(spec, tmp_path, monkeypa
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(spec, tmp_path, monkeypatch):
-    real = cost_run.evaluate_items
+    real = measuring.evaluate_items
     calls = []
 
     def killed_at_the_second(lm, task, candidates, **options):
@@ -174,12 +175,12 @@ def test_an_interrupted_sweep_goes_on_where_it_was(spec, tmp_path, monkeypatch):
         return real(lm, task, candidates, **options)
 
     chosen = settings(spec, tmp_path, sweep="alpha=1,2", tasks=("tiny_knowledge", "tiny_truth"))
-    monkeypatch.setattr(cost_run, "evaluate_items", killed_at_the_second)
+    monkeypatch.setattr(measuring, "evaluate_items", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run_cost(chosen)
     data = run_cost(chosen)
     assert calls == ["tiny_knowledge", "tiny_truth", "tiny_truth"]
-    monkeypatch.setattr(cost_run, "evaluate_items", real)
+    monkeypatch.setattr(measuring, "evaluate_items", real)
     unbroken = run_cost(settings(spec, tmp_path, sweep="alpha=1,2", tasks=("tiny_knowledge", "tiny_truth"), out=tmp_path / "other"))
     assert [m.values for m in data.measures] == [m.values for m in unbroken.measures]
 
@@ -252,6 +253,42 @@ def test_a_judge_that_fails_stops_the_run_and_what_was_finished_stays(spec, tmp_
     assert [task for task, _ in calls] == ["pv_evil"]
     evil = next(measure for measure in data.measures if measure.trait == "evil")
     assert all(value is not None for values in evil.values.values() for value in values)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own use of transformers
+def test_a_trained_and_a_prompted_model_answer_the_same_items(spec, tmp_path):
+    trained = tmp_path / "trained"
+    save_adapter(trained, scale=0.5)
+    system = "Use formal wording in every sentence."
+    chosen = {"traits": ("formality",), "text": "tiny_talk", "peft": (trained,), "system": (system,), "sweep": "alpha=0.5,1"}
+    data = run_cost(settings(spec, tmp_path, **chosen))
+    names = [UNSTEERED, "formal, alpha 0.5", "formal, alpha 1", f"prompted: {system}", "trained: trained"]
+    assert [arm.name for arm in data.arms] == names
+    knowledge, formality, perplexity, kl = data.measures[:4]
+    assert list(knowledge.values) == list(formality.values) == names
+    assert list(perplexity.values) == [name for name in names if not name.startswith("prompted")], "a text has no system turn"
+    assert list(kl.values) == names[:3]
+    assert perplexity.values["trained: trained"] != perplexity.values[UNSTEERED]
+    analysis = analyse_cost(data)
+    assert analysis.change(f"prompted: {system}", "trait formality").difference.mean > 10
+    unadapted = tmp_path / "same"
+    save_adapter(unadapted, scale=0.0)
+    same = run_cost(settings(spec, tmp_path, **{**chosen, "peft": (unadapted,)}))
+    for measure in same.measures[:3]:
+        assert measure.values["trained: same"] == pytest.approx(measure.values[UNSTEERED], rel=1e-5)
+    with pytest.raises(UserError, match=r"peft='.*nowhere' holds no adapter"):
+        run_cost(settings(spec, tmp_path, peft=(tmp_path / "nowhere",)))
+
+
+def save_adapter(folder, scale):
+    """An adapter that adds noise of that size to the attention's queries, as a stand-in for one that was trained."""
+    model, _ = load()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+    adapted.save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------ real items
@@ -333,7 +370,10 @@ def test_the_command_writes_page_table_and_data(spec, tmp_path):
     assert (out / "cost.html").is_file()
     data = json.loads((out / "cost.json").read_text())["data"]
     assert {measure["name"] for measure in data["measures"]} >= {"tiny_knowledge", "trait formality", "perplexity of tiny_talk", "kl"}
-    assert "formal, alpha 2" in found.output
+    assert "alpha 2" in found.output
+    again = CliRunner().invoke(app, ["report", "render", str(out / "cost.json"), "--out", str(tmp_path / "again")])
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again" / "cost.html").read_text() == (out / "cost.html").read_text()
 
 
 def test_no_generator_of_the_callers_is_touched(spec, tmp_path):

@@ -36,6 +36,8 @@ def cost(
     trait: Annotated[list[str], typer.Option(help="Also how strongly responses show a trait: evil, formality, … or a trait's file.")] = [],  # noqa: B006
     persona: Annotated[str | None, typer.Option(help="Also how well responses fit a persona.")] = None,
     persona_split: Annotated[str, typer.Option(help="Which of its prompts.")] = "test",
+    peft: Annotated[list[Path], typer.Option(help="Also the model trained: an adapter's folder, without steering; again for more.")] = [],  # noqa: B006
+    system: Annotated[list[str], typer.Option(help="Also the model prompted: a system turn, without steering; again for more.")] = [],  # noqa: B006
     side_effects: Annotated[
         bool, typer.Option("--side-effects", help="Also each vector of the first spec's file by itself: what it does to every --trait.")
     ] = False,
@@ -78,6 +80,8 @@ def cost(
         "out": out,
         "sweep": sweep,
         "kl": kl,
+        "peft": peft,
+        "system": system,
         "tasks": task,
         "traits": trait,
         "persona": persona,
