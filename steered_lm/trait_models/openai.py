@@ -8,13 +8,14 @@ import logging
 import re
 import uuid
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
 from steered_lm.config import Config, content_hash, file_hash, read_structured, write_atomic
 from steered_lm.trait_models.backend import FINISHED, JobState, Status, TrainedModel, TrainRequest
 from steered_lm.trait_models.experiment import ExperimentError
-from steered_lm.trait_models.openai_client import Client, Job, OpenAIOptions, RefusedError, connect, event_of, file_of, job_of
+from steered_lm.trait_models.openai_client import Client, Event, Job, OpenAIOptions, RefusedError, connect, event_of, file_of, job_of, rows
 from steered_lm.trait_models.service import refuse_untaken
 
 _log = logging.getLogger(__name__)
@@ -89,9 +90,7 @@ class OpenAIBackend:
         with request.data.open(encoding="utf-8") as lines:
             examples = sum(1 for line in lines if line.strip())
         if examples < _FEWEST:
-            raise ExperimentError(
-                f"{where} needs {_FEWEST} examples, and {str(request.data)!r} has {examples}. Add some, or raise sample_size."
-            )
+            raise ExperimentError(f"{where} needs {_FEWEST} examples, and {str(request.data)!r} has {examples}. Add some, or raise sample_size.")
         with connect(self._options):
             pass
 
@@ -138,7 +137,7 @@ class OpenAIBackend:
         """
         with connect(self._options) as client:
             found = self._job(client, job)
-            said = client.ask("a question for a job's events", lambda: list(map(event_of, client.jobs.list_events(job, limit=_EVENTS).data)))
+            said = client.ask("a question for a job's events", lambda: _events(client, job))
         detail = max(said, key=lambda event: event.created_at).message if said else found.status
         status = _STATUS.get(found.status, "running")
         if status == "succeeded" and not found.fine_tuned_model:
@@ -228,9 +227,14 @@ class OpenAIBackend:
         return client.ask("a fine-tuning job", make)
 
 
+def _events(client: Client, job: str) -> list[Event]:
+    """Return the newest events of a job."""
+    return [event_of(answer) for answer in islice(rows(lambda: client.jobs.list_events(job, limit=_EVENTS)), _EVENTS)]
+
+
 def _named(client: Client, name: str) -> Job | None:
     """Return the job that has this name in its metadata; compared here too, as not every server that speaks the API filters."""
-    answers = client.jobs.list(limit=_PAGE, metadata={_NAME: name})
+    answers = rows(lambda: client.jobs.list(limit=_PAGE, metadata={_NAME: name}))
     return next((job for job in map(job_of, answers) if (job.metadata or {}).get(_NAME) == name), None)
 
 

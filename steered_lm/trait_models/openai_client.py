@@ -96,6 +96,10 @@ class RefusedError(ExperimentError):
         self.status = status
 
 
+class _GarbageError(Exception):
+    """What came back is not what the API answers."""
+
+
 class _TransientError(Exception):
     """An attempt that another one may better; ``wait`` is what the service asked for, in seconds."""
 
@@ -148,7 +152,7 @@ class Client(NamedTuple):
             problem = self._refused(what, refused)
         except (library.APIConnectionError, library.OpenAIError) as lost:
             problem = _TransientError(self.key.redacted(f"{lost} {lost.__cause__ or ''}".strip()))
-        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError):
+        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, _GarbageError):
             problem = _TransientError("what came back is not what the API answers")
         raise problem  # outside of the handler: the library's error holds the request with its key
 
@@ -209,8 +213,22 @@ def file_of(answer: Any) -> str:
     return Upload.model_validate(_plain(answer)).id
 
 
+def rows(first: Callable[[], Any]) -> Iterator[Any]:
+    """Yield what is on a page and on those after it; the library itself takes JSON of another form for an empty page."""
+    try:
+        page = first()
+    except AttributeError:  # what the library makes of an answer that is no JSON
+        raise _GarbageError from None
+    while isinstance(getattr(page, "data", None), list):
+        yield from page.data
+        if not page.has_next_page():
+            return
+        page = page.get_next_page()
+    raise _GarbageError
+
+
 def _plain(answer: Any) -> Any:
-    return answer.to_dict() if hasattr(answer, "to_dict") else answer
+    return answer.to_dict(warnings=False) if hasattr(answer, "to_dict") else answer
 
 
 def _message(refused: Any) -> str:
