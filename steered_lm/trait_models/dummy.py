@@ -60,7 +60,7 @@ class DummyBackend:
 
     def submit(self, request: TrainRequest, folder: Path) -> str:
         """Write down what is asked for; what an earlier job of the same request left goes on, unless it failed or was cancelled."""
-        job = f"dummy-{content_hash(request.model_dump(mode='json', exclude={'data'}))[:12]}"
+        job = f"dummy-{content_hash(request.model_dump(mode='json', exclude={'data', 'name', 'device'}))[:12]}"
         earlier = _read(job, folder)
         if earlier is None or self._state(earlier).status in ("failed", "cancelled"):
             _write(job, folder, _Record(request=request))

@@ -109,7 +109,8 @@ class OpenAIBackend:
             UnreachableError: when the service cannot be reached; submitting again finds what was started.
             ExperimentError: when the service refuses.
         """
-        asked = content_hash([request.model_dump(mode="json", exclude={"data"}), dict(self.identity(request))])
+        # neither its place nor its name in the experiment makes another job of it
+        asked = content_hash([request.model_dump(mode="json", exclude={"data", "name", "device"}), dict(self.identity(request))])
         file = folder / _RECORD
         record = _read(file)
         with connect(self._options) as client:
