@@ -169,9 +169,9 @@ openai.OpenAIBackend.from_options({ {**FAST, "base_url": server.url}!r}).submit(
     died = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert died.returncode == -9, died.stderr
     assert len(server.jobs) == before + 1 and json.loads((folder / "openai.json").read_text())["job"] is None
-    server.jobs.insert(0, {**server.jobs[-1], "id": "ftjob-newer", "metadata": None})
+    server.jobs[:0] = [{**server.jobs[-1], "id": f"ftjob-newer-{i}", "metadata": named} for i, named in enumerate([None, {"steered_lm": "other"}])]
     job = backend_of(server).submit(request_, folder)
-    assert job == f"ftjob-{before:04d}" and len(server.jobs) == before + 2
+    assert job == f"ftjob-{before:04d}" and len(server.jobs) == before + 3
     assert json.loads((folder / "openai.json").read_text())["job"] == job
 
 

@@ -34,7 +34,7 @@ def server(monkeypatch):
     server.close()
 
 
-def made(tmp_path: Path, examples: int = 10, base_model: str = BASE, **hyperparameters) -> TrainRequest:
+def made(tmp_path: Path, examples: int = 10, base_model: str = BASE, suffix: str = "", **hyperparameters) -> TrainRequest:
     data = tmp_path / "mild_warmth.jsonl"
     rows = [
         [{"role": "user", "content": f"How was day {i}?"}, {"role": "assistant", "content": f"Lovely, thank you, all {i} hours of it."}]
@@ -42,9 +42,8 @@ def made(tmp_path: Path, examples: int = 10, base_model: str = BASE, **hyperpara
     ]
     data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
     given = {"batch_size": 4, "lora_rank": 8, "save_steps": 2, **hyperparameters}
-    return TrainRequest(
-        name="mild", base_model=base_model, data=data, data_hash=file_hash(data), hyperparameters=Hyperparameters.model_validate(given), seed=3
-    )
+    about = {"name": "mild", "base_model": base_model, "data": data, "data_hash": file_hash(data), "suffix": suffix, "seed": 3}
+    return TrainRequest(**about, hyperparameters=Hyperparameters.model_validate(given))
 
 
 def backend_of(server: TinkerServer, **options) -> Backend:
@@ -158,8 +157,11 @@ def test_data_that_cannot_be_trained_on_are_refused_with_their_line(server, tmp_
 
 
 def test_the_encoding_of_conversations_is_a_part_that_can_be_exchanged(server, tmp_path):
-    run(server, made(tmp_path, examples=2), make_encoder=lambda tokenizer: lambda messages: ([1, 2, 3, 4], [False, False, True, False]))
+    run(
+        server, made(tmp_path, examples=2, suffix="warm"), make_encoder=lambda tokenizer: lambda messages: ([1, 2, 3, 4], [False, False, True, False])
+    )
     (batch,) = server.batches
+    assert "tinker://session-1-train-0/sampler_weights/warm" in server.checkpoints, "a suffix names the weights"
     assert batch.tokens == [[1, 2, 3]] * 2 and batch.weights == [[0, 0.5, 0]] * 2
 
 
@@ -229,6 +231,7 @@ def test_a_job_is_cancelled_and_a_failed_one_tells_why(server, tmp_path):
         ({"lora_alpha": 8.0}, "takes no lora_alpha"),
         ({"dtype": "float16"}, "takes no dtype .it is 'float16'."),
         ({"lora_dropout": 0.1}, "no lora_dropout"),
+        ({"suffix": "a/b"}, "suffix 'a/b' names the weights there: letters"),
     ],
 )
 def test_what_the_service_does_not_take_is_refused(server, tmp_path, hyperparameters, message):
@@ -244,6 +247,10 @@ def test_keys_options_and_a_missing_library_are_named(server, tmp_path, monkeypa
         TinkerBackend.from_options({"tokeniser": "x"})
     with pytest.raises(ExperimentError, match="is a folder here"):
         backend_of(server).check(made(tmp_path, base_model=str(tmp_path)))
+    changed = made(tmp_path)
+    changed.data.write_text("{}\n")
+    with pytest.raises(ExperimentError, match="has changed since it was prepared"):
+        backend_of(server).submit(changed, tmp_path)
     with pytest.raises(ExperimentError, match="job 'tinker-0' is not known"):
         backend_of(server).poll("tinker-0", tmp_path)
     monkeypatch.delenv("TINKER_API_KEY")

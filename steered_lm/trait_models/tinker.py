@@ -5,6 +5,7 @@ outlives the command that started it, holds a lock for as long as it lives, and 
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,6 +112,10 @@ class TinkerBackend:
             MissingDependencyError: when ``tinker`` is not installed.
         """
         refuse_untaken(self.name, request, _TAKEN, {})
+        if not re.fullmatch(r"[A-Za-z0-9._-]*", request.suffix):
+            raise ExperimentError(
+                f"model {request.name!r}: suffix {request.suffix!r} names the weights there: letters, digits, '.', '_' and '-' are allowed."
+            )
         require("tinker", "tinker")
         self._options.key(self.name)
         if sys.platform == "win32":

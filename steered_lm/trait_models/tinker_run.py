@@ -117,7 +117,7 @@ def data_of(library: Any, examples: Sequence[Example]) -> list[Any]:
 def train(job: Job, key: Key, progress: Progress, tell: Callable[[Progress], None], make_encoder: Callable[[Any], Encode] = encoder) -> Progress:
     """Train a model at the service, from a checkpoint if there is one, and return the end; ``tell`` hears of every step.
 
-    The SDK itself waits out rate limits, server errors and a lost network.
+    The SDK itself waits out rate limits, server errors and a lost network: some minutes for a request to be taken, without limit for its result.
 
     Raises:
         ExperimentError: when the data cannot be used.
@@ -147,7 +147,7 @@ def train(job: Job, key: Key, progress: Progress, tell: Callable[[Progress], Non
                 path = model.save_state(f"step-{step + 1:06d}", ttl_seconds=_KEPT, overwrite=True).result().path
                 progress = progress.model_copy(update={"state": path, "saved": progress.model_copy(update={"state": None, "saved": None})})
             tell(progress)
-        finished = model.save_weights_for_sampler("final").result().path
+        finished = model.save_weights_for_sampler(request.suffix or "final").result().path
         progress = progress.model_copy(update={"status": "succeeded", "model": finished, "seconds": time.monotonic() - began})
         tell(progress)
         ending = "success"
