@@ -37,9 +37,7 @@ def strengths(axis: str | None) -> dict[str, CostArm]:
         names = ("mild", "strong", "other vectors")
         return {name: CostArm(name=name, series=name, digest="ab" * 32, settings={"alpha": a}) for name, a in zip(names, ALPHAS[::2], strict=True)}
     values = (4.0, 8.0, 12.0) if axis == "layer" else ALPHAS
-    return {
-        f"{axis} {x:g}": CostArm(name=f"{axis} {x:g}", series="formal", x=x, digest="cd" * 32, settings={axis: x, "layers": "8"}) for x in values
-    }
+    return {f"{axis} {x:g}": CostArm(name=f"{axis} {x:g}", series="formal", x=x, digest="cd" * 32, settings={axis: x, "layers": "8"}) for x in values}
 
 
 def swept(axis: str | None = "alpha", *, n: int = 300, seed: int = 3, damage: float = 0.06) -> CostData:
@@ -108,7 +106,8 @@ def swept(axis: str | None = "alpha", *, n: int = 300, seed: int = 3, damage: fl
             higher_is_better=None,
             items=tuple(f"w{i}" for i in range(40)),
             tokens=tokens,
-            values={UNSTEERED: (0.0,) * 40} | {a: tuple(float(v) for v in np.array(tokens) * rng.gamma(3.0, 0.02 * p**2, 40)) for a, p in push.items()},
+            values={UNSTEERED: (0.0,) * 40}
+            | {a: tuple(float(v) for v in np.array(tokens) * rng.gamma(3.0, 0.02 * p**2, 40)) for a, p in push.items()},
         ),
         Measure(
             name="trait evil",

@@ -16,6 +16,7 @@ from steered_lm.stats import Estimate
 BANDS = ("0–20", "21–40", "41–60", "61–80", "81–100")
 _BAND_COLOURS = ("#E5E7EB", "#B9D3E8", "#74A9CF", "#2B7BBA", "#08306B")
 _SIDES: list[JsonValue] = [[0.0, "#B35806"], [0.25, "#F1A340"], [0.5, "#F7F7F7"], [0.75, "#998EC3"], [1.0, "#542788"]]
+_BESIDE = ("top right", "bottom right", "top left", "bottom left")
 _SOLE_HEIGHT = 330
 
 
@@ -61,11 +62,13 @@ def cost_figures(data: CostData, analysis: CostAnalysis) -> CostFigures:
 def _curve(name: str, data: CostData, analysis: CostAnalysis, measure: Measure) -> Figure | None:
     """Draw a measure's level against the swept setting, with its interval, the unsteered level and what is accepted."""
     drawn: list[Json] = []
+    ends: list[float | None] = []
     series = data.series
     for (title, arms), colour in zip(series.items(), _colours(series), strict=True):
         found = [(arm.x, analysis.level(arm.name, measure.name)) for arm in arms if arm.x is not None]
         known = [(x, one) for x, one in found if one is not None and one.value is not None]
         drawn += [_band([(x, one.low, one.high) for x, one in run], colour) for run in _runs(known)]
+        ends += [end for _, one in known for end in (one.value, one.low, one.high)]
         if known:
             line: Json = {"color": colour, "width": 2.5 if ordered(data.axis) else 1, "dash": "solid" if ordered(data.axis) else "dot"}
             drawn.append(
@@ -86,6 +89,10 @@ def _curve(name: str, data: CostData, analysis: CostAnalysis, measure: Measure) 
     y = style_axis(_levels_title(measure), **({"tickformat": ".0%"} if _share(measure) else {}))
     if measure.exponentiate and _wide(analysis, measure):
         y |= {"type": "log", "dtick": "D2"}
+    else:
+        unsteered, margin = analysis.level(UNSTEERED, measure.name), analysis.margin(measure.name)
+        ends += [None if unsteered is None else unsteered.value, None if margin is None else margin.level]
+        y |= {"range": _room([end for end in ends if end is not None])}
     layout = style_layout(_SOLE_HEIGHT + (24 * len(series) if len(series) > 1 else 0), x=style_axis(data.axis or ""), y=y)
     layout |= {"showlegend": len(series) > 1, "shapes": _references(analysis, measure)}
     alt = f"{_spaced(measure.name)} against {data.axis}, with {data.confidence:.0%} intervals; dashed: the unsteered model"
@@ -167,7 +174,7 @@ def _trade(name: str, data: CostData, analysis: CostAnalysis, benefit: Measure, 
         known = [(arm, gain, loss) for arm, gain, loss in points if gain is not None and loss is not None]
         if known:
             every += [(gain, loss) for _, gain, loss in known]
-            drawn += [*_crosses(every[-len(known) :], colour), _path(title, known, colour)]
+            drawn += [*_crosses(every[-len(known) :], colour), _path(title, known, colour, joined=ordered(data.axis))]
     if not drawn:
         return None
     origin: Json = {"type": "scatter", "mode": "markers", "x": [_nothing(benefit)], "y": [_nothing(cost)], "name": "unsteered"}
@@ -206,17 +213,17 @@ def _crosses(known: Sequence[tuple[Shown, Shown]], colour: str) -> list[Json]:
     return found
 
 
-def _path(title: str, known: Sequence[tuple[CostArm, Shown, Shown]], colour: str) -> Json:
+def _path(title: str, known: Sequence[tuple[CostArm, Shown, Shown]], colour: str, *, joined: bool) -> Json:
     return {
         "type": "scatter",
         "mode": "lines+markers+text",
         "x": [gain.value for _, gain, _ in known],
         "y": [loss.value for _, _, loss in known],
         "text": [setting(arm.x) for arm, _, _ in known],
-        "textposition": "top right",
+        "textposition": _BESIDE[CYCLE.index(colour) % len(_BESIDE)],
         "textfont": {"size": 12, "color": colour},
         "cliponaxis": False,
-        "line": {"color": colour, "width": 2},
+        "line": {"color": colour, "width": 2 if joined else 1, "dash": "solid" if joined else "dot"},
         "marker": {"color": colour, "size": 8},
         "name": html.escape(title),
         "hovertext": [html.escape(arm.name) for arm, _, _ in known],
@@ -250,6 +257,11 @@ def _range(analysis: CostAnalysis, measure: Measure, changes: Sequence[Shown]) -
     margin = analysis.margin(measure.name)
     ends = [_nothing(measure), *(v for one in changes for v in (one.value, one.low, one.high) if v is not None)]
     ends += [] if margin is None else [margin.shown]
+    return _room(ends)
+
+
+def _room(ends: Sequence[float]) -> list[JsonValue]:
+    """Return an axis range with some room around what it shows."""
     room = 0.07 * ((max(ends) - min(ends)) or 1.0)
     return [min(ends) - room, max(ends) + room]
 
