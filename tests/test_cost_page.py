@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 from cost_pages import ALPHAS, SUBJECTS, accuracy, small, swept
+from plotly.offline import get_plotlyjs
 
 from steered_lm.errors import RunError
 from steered_lm.report import load_cost, render_cost
@@ -81,7 +83,18 @@ def known_numbers(report: CostReport) -> set[float]:
 
 
 def page(data: CostData) -> Page:
-    return Page(cost_html(build_cost(data)))
+    """The page as a reader's browser parses it, without the megabytes of plotly, which ``rendered`` keeps."""
+    return Page(cost_html(build_cost(data)).replace(get_plotlyjs(), ""))
+
+
+@cache
+def built(which: str) -> CostReport:
+    return build_cost(PAGES[which])
+
+
+@cache
+def parsed(which: str) -> Page:
+    return page(PAGES[which])
 
 
 def words(data: CostData) -> str:
@@ -141,7 +154,7 @@ def test_the_page_loads_nothing_and_forbids_itself_to(files: CostFiles, rendered
 
 @pytest.mark.parametrize("which", PAGES)
 def test_every_number_that_a_figure_draws_is_in_the_json(which: str) -> None:
-    report = build_cost(PAGES[which])
+    report = built(which)
     # no change is drawn at 0, or for a ratio at 1; lines across span the figure from 0 to 1
     known = known_numbers(report) | {0.0, 1.0}
     for figure in cost_figures(report.data, report.analysis).every:
@@ -153,17 +166,17 @@ def test_every_number_that_a_figure_draws_is_in_the_json(which: str) -> None:
 
 @pytest.mark.parametrize("which", PAGES)
 def test_plotly_accepts_every_figure_and_each_has_a_place_and_words(which: str) -> None:
-    report = build_cost(PAGES[which])
+    report = built(which)
     every = cost_figures(report.data, report.analysis).every
     for figure in every:
         go.Figure(data=figure.data, layout=figure.layout)
-    assert page(PAGES[which]).plots == {f"plot-{figure.name}": figure.alt for figure in every}
+    assert parsed(which).plots == {f"plot-{figure.name}": figure.alt for figure in every}
     assert all(figure.alt for figure in every)
     assert len({figure.name for figure in every}) == len(every)
 
 
 def test_a_full_page_has_every_kind_of_figure() -> None:
-    report = build_cost(PAGES["alpha"])
+    report = built("alpha")
     figures = cost_figures(report.data, report.analysis)
     assert [f.name for f in figures.curves] == ["measure-0", "measure-1", "measure-2", "measure-3"]
     assert [f.name for f in figures.trades] == ["trade-0-1", "trade-0-2", "trade-0-3"]
@@ -172,19 +185,19 @@ def test_a_full_page_has_every_kind_of_figure() -> None:
 
 @pytest.mark.parametrize("which", PAGES)
 def test_every_decimal_of_the_page_is_a_number_of_the_json(which: str) -> None:
-    report = build_cost(PAGES[which])
+    report = built(which)
     known = known_numbers(report) | {report.data.model.parameters / 1e6 if report.data.model.parameters else 0.0}
     # what a loss grows to is shown as growth, and shares in hundredths
     values = known | {100.0 * v for v in known}
     written = {f"{abs(v):.{digits}f}" for v in values for digits in (1, 2, 3)} | {f"{v:g}" for v in values}
-    text = page(report.data).words
+    text = parsed(which).words
     found = re.findall(r"(?<![\w.:-])\d+\.\d+(?![\w.])", text)
     assert set(found) <= written
-    assert len(found) > (200 if which != "bare" else 0)
+    assert len(found) >= (0 if which == "bare" else 200)
 
 
 def test_the_table_has_every_arm_of_every_measure_with_its_change(rendered: Page) -> None:
-    report = build_cost(PAGES["alpha"])
+    report = built("alpha")
     rows = [[" ".join(cell.split()) for cell in row] for row in rendered.rows]
     change = report.analysis.change("alpha 2", "mmlu")
     assert change is not None
@@ -202,7 +215,7 @@ def test_the_table_has_every_arm_of_every_measure_with_its_change(rendered: Page
 
 def test_the_csv_has_a_row_an_arm_and_measure_and_one_a_subject_with_the_jsons_numbers(files: CostFiles) -> None:
     rows = table(files)
-    report = build_cost(PAGES["alpha"])
+    report = built("alpha")
     assert tuple(rows[0]) == COLUMNS
     assert len([row for row in rows if not row["group"]]) == sum(len(m.values) for m in report.data.measures)
     assert {row["group"] for row in rows if row["arm"] == "alpha 1"} == {"", *SUBJECTS}
@@ -224,7 +237,7 @@ def test_the_csv_has_a_row_an_arm_and_measure_and_one_a_subject_with_the_jsons_n
 
 
 def test_the_headline_says_how_far_one_can_go_with_gain_and_bounds() -> None:
-    report = build_cost(PAGES["alpha"])
+    report = built("alpha")
     joint = next(r for r in report.analysis.reaches if r.measure == "all of them")
     assert report.headline.title == f"Up to alpha {joint.x:g}, every cost stays within its tolerance."
     assert report.headline.tone == "good"
@@ -245,7 +258,7 @@ def test_a_measured_loss_at_the_smallest_value_and_too_few_items_are_told_apart(
     right, wrong = (1.0,) * 400, (0.0,) * 80 + (1.0,) * 320
     lost = build_cost(small(accuracy(unsteered=right, a_1=wrong))).headline
     assert (lost.tone, lost.title) == ("bad", "No alpha of the sweep is shown to keep mmlu within its tolerance.")
-    assert "a loss was measured there: change −20.0 (−23.9 to −15.9)" in " ".join(s.text for s in lost.sentences)
+    assert "a loss was measured there: change −20.0 (−23.8 to −16.0)" in " ".join(s.text for s in lost.sentences)
     few = build_cost(small(accuracy(unsteered=right[:60], a_1=right[:60]))).headline
     assert (few.tone, few.title) == ("unclear", lost.title)
     said = " ".join(s.text for s in few.sentences)
@@ -256,7 +269,7 @@ def test_a_measured_loss_at_the_smallest_value_and_too_few_items_are_told_apart(
 def test_what_was_assumed_of_missing_items_is_said() -> None:
     right = (1.0,) * 1000
     text = words(small(accuracy(unsteered=right, a_1=(None,) * 50 + right[50:])))
-    assert "50 items missing there, and with the worst assumed of them, up to 6.5 points may be lost (change 0.0 (−0.2 to +0.2) without them)" in text
+    assert "50 items missing there, and with the worst assumed of them, up to 6.4 points may be lost (change 0.0 (−0.2 to +0.2) without them)" in text
 
 
 def test_both_directions_and_several_series_are_told_in_one_line() -> None:
@@ -270,20 +283,20 @@ def test_both_directions_and_several_series_are_told_in_one_line() -> None:
 
 
 def test_nothing_swept_is_a_forest_of_specs_and_says_so() -> None:
-    report = build_cost(PAGES["none"])
+    report = built("none")
     text = words(PAGES["none"])
     assert "Nothing was swept" in text
     assert report.analysis.reaches == ()
     figures = cost_figures(report.data, report.analysis)
     assert figures.kl is None
     assert [str(y) for y in figures.curves[1].data[1]["y"]] == ["mild", "strong", "other vectors"]  # type: ignore[union-attr]
-    found = page(PAGES["none"])
+    found = parsed("none")
     assert "How far one can go" not in found.words
     assert "Every spec against the unsteered model" in found.words
 
 
 def test_a_sweep_without_an_order_has_no_largest_value_and_no_solid_line() -> None:
-    report = build_cost(PAGES["layer"])
+    report = built("layer")
     assert "A larger layer is not more steering" in words(PAGES["layer"])
     assert report.analysis.reaches == ()
     lines = [d["line"] for f in cost_figures(report.data, report.analysis).curves for d in f.data if d["mode"] == "lines+markers"]
@@ -326,7 +339,7 @@ def test_too_few_items_for_the_correction_are_said() -> None:
 
 
 def test_missing_cells_are_shown_as_missing_and_never_as_zero() -> None:
-    report = build_cost(PAGES["alpha"])
+    report = built("alpha")
     side = cost_figures(report.data, report.analysis).side
     assert side is not None
     heat = side.data[0]
@@ -335,7 +348,7 @@ def test_missing_cells_are_shown_as_missing_and_never_as_zero() -> None:
     assert heat["text"][row][column] == ""  # type: ignore[index,call-overload]
     assert [(a["x"], a["y"], a["text"]) for a in side.layout["annotations"]] == [("evil", "formality", "missing")]  # type: ignore[union-attr,index,call-overload]
     assert heat["zmin"] == -heat["zmax"]  # type: ignore[operator]
-    rows = [[" ".join(cell.split()) for cell in row] for row in page(PAGES["alpha"]).rows]
+    rows = [[" ".join(cell.split()) for cell in row] for row in parsed("alpha").rows]
     head = rows.index(["vector added", "formality", "evil", "sycophantic"])
     assert next(row for row in rows[head:] if row[0] == "formality")[2] == "not measured"
 
