@@ -6,16 +6,17 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from steered_lm.report.cost_analysis import Change, CostAnalysis, Shown, unit_of
+from steered_lm.report.cost_analysis import CostAnalysis, Shown, unit_of
 from steered_lm.report.cost_data import UNSTEERED, CostArm, CostData, Measure
+from steered_lm.report.cost_matrix import side_effects
 from steered_lm.report.cost_reach import ordered
 from steered_lm.report.figures import CYCLE, GREEN, GREY, ZERO, Figure, Json, draw_bars, height_for, label, name_rows, style_axis, style_layout
-from steered_lm.report.wording import plain, setting, signed
+from steered_lm.report.wording import plain, setting
 from steered_lm.stats import Estimate
 
 BANDS = ("0–20", "21–40", "41–60", "61–80", "81–100")
 _BAND_COLOURS = ("#E5E7EB", "#B9D3E8", "#74A9CF", "#2B7BBA", "#08306B")
-_SIDES: list[JsonValue] = [[0.0, "#B35806"], [0.25, "#F1A340"], [0.5, "#F7F7F7"], [0.75, "#998EC3"], [1.0, "#542788"]]
+_BESIDE = ("top right", "bottom right", "top left", "bottom left")
 _SOLE_HEIGHT = 330
 
 
@@ -53,7 +54,7 @@ def cost_figures(data: CostData, analysis: CostAnalysis) -> CostFigures:
         curves=[figure for figure in curves if figure is not None],
         trades=[figure for figure in trades if figure is not None],
         kl=kl,
-        side=_side_effects(data, analysis),
+        side=side_effects(data, analysis),
         bands=bands,
     )
 
@@ -61,11 +62,13 @@ def cost_figures(data: CostData, analysis: CostAnalysis) -> CostFigures:
 def _curve(name: str, data: CostData, analysis: CostAnalysis, measure: Measure) -> Figure | None:
     """Draw a measure's level against the swept setting, with its interval, the unsteered level and what is accepted."""
     drawn: list[Json] = []
+    ends: list[float | None] = []
     series = data.series
     for (title, arms), colour in zip(series.items(), _colours(series), strict=True):
         found = [(arm.x, analysis.level(arm.name, measure.name)) for arm in arms if arm.x is not None]
         known = [(x, one) for x, one in found if one is not None and one.value is not None]
         drawn += [_band([(x, one.low, one.high) for x, one in run], colour) for run in _runs(known)]
+        ends += [end for _, one in known for end in (one.value, one.low, one.high)]
         if known:
             line: Json = {"color": colour, "width": 2.5 if ordered(data.axis) else 1, "dash": "solid" if ordered(data.axis) else "dot"}
             drawn.append(
@@ -86,6 +89,10 @@ def _curve(name: str, data: CostData, analysis: CostAnalysis, measure: Measure) 
     y = style_axis(_levels_title(measure), **({"tickformat": ".0%"} if _share(measure) else {}))
     if measure.exponentiate and _wide(analysis, measure):
         y |= {"type": "log", "dtick": "D2"}
+    else:
+        unsteered, margin = analysis.level(UNSTEERED, measure.name), analysis.margin(measure.name)
+        ends += [None if unsteered is None else unsteered.value, None if margin is None else margin.level]
+        y |= {"range": _room([end for end in ends if end is not None])}
     layout = style_layout(_SOLE_HEIGHT + (24 * len(series) if len(series) > 1 else 0), x=style_axis(data.axis or ""), y=y)
     layout |= {"showlegend": len(series) > 1, "shapes": _references(analysis, measure)}
     alt = f"{_spaced(measure.name)} against {data.axis}, with {data.confidence:.0%} intervals; dashed: the unsteered model"
@@ -167,7 +174,7 @@ def _trade(name: str, data: CostData, analysis: CostAnalysis, benefit: Measure, 
         known = [(arm, gain, loss) for arm, gain, loss in points if gain is not None and loss is not None]
         if known:
             every += [(gain, loss) for _, gain, loss in known]
-            drawn += [*_crosses(every[-len(known) :], colour), _path(title, known, colour)]
+            drawn += [*_crosses(every[-len(known) :], colour), _path(title, known, colour, joined=ordered(data.axis))]
     if not drawn:
         return None
     origin: Json = {"type": "scatter", "mode": "markers", "x": [_nothing(benefit)], "y": [_nothing(cost)], "name": "unsteered"}
@@ -206,17 +213,17 @@ def _crosses(known: Sequence[tuple[Shown, Shown]], colour: str) -> list[Json]:
     return found
 
 
-def _path(title: str, known: Sequence[tuple[CostArm, Shown, Shown]], colour: str) -> Json:
+def _path(title: str, known: Sequence[tuple[CostArm, Shown, Shown]], colour: str, *, joined: bool) -> Json:
     return {
         "type": "scatter",
         "mode": "lines+markers+text",
         "x": [gain.value for _, gain, _ in known],
         "y": [loss.value for _, _, loss in known],
         "text": [setting(arm.x) for arm, _, _ in known],
-        "textposition": "top right",
+        "textposition": _BESIDE[CYCLE.index(colour) % len(_BESIDE)],
         "textfont": {"size": 12, "color": colour},
         "cliponaxis": False,
-        "line": {"color": colour, "width": 2},
+        "line": {"color": colour, "width": 2 if joined else 1, "dash": "solid" if joined else "dot"},
         "marker": {"color": colour, "size": 8},
         "name": html.escape(title),
         "hovertext": [html.escape(arm.name) for arm, _, _ in known],
@@ -250,6 +257,11 @@ def _range(analysis: CostAnalysis, measure: Measure, changes: Sequence[Shown]) -
     margin = analysis.margin(measure.name)
     ends = [_nothing(measure), *(v for one in changes for v in (one.value, one.low, one.high) if v is not None)]
     ends += [] if margin is None else [margin.shown]
+    return _room(ends)
+
+
+def _room(ends: Sequence[float]) -> list[JsonValue]:
+    """Return an axis range with some room around what it shows."""
     room = 0.07 * ((max(ends) - min(ends)) or 1.0)
     return [min(ends) - room, max(ends) + room]
 
@@ -259,70 +271,6 @@ def _change_axis(measure: Measure) -> Json:
     said = {"points": "points", "times": "times the unsteered one", "nats a token": "nats a token", "": "on its own scale"}[unit]
     title = f"{measure.name}, {said}" if unit == "times" else f"change of {measure.name}, {said}"
     return style_axis(title, **({} if measure.exponentiate else ZERO))
-
-
-def _side_effects(data: CostData, analysis: CostAnalysis) -> Figure | None:
-    """Draw the matrix: rows are the traits whose vectors were added, columns the traits that were measured."""
-    arms, measures = matrix_axes(data)
-    cells = [[analysis.change(arm.name, measure.name) for measure in measures] for arm in arms]
-    values = [change.of_100 for row in cells for change in row if change is not None and change.of_100 is not None]
-    if not values:
-        return None
-    end = max(1.0, *(abs(value) for value in values))
-    columns, names = [label(name, 14) for name in side_names(measures)], [label(name, 18) for name in side_names(arms)]
-    heat: Json = {
-        "type": "heatmap",
-        "x": list(columns),
-        "y": list(names),
-        "z": [[None if change is None else change.of_100 for change in row] for row in cells],
-        "text": [[_cell(change) for change in row] for row in cells],
-        "hovertext": [[_cell_hover(change) for change in row] for row in cells],
-        "zmin": -end,
-        "zmax": end,
-        "colorscale": _SIDES,
-        "texttemplate": "%{text}",
-        "hoverongaps": False,
-        "xgap": 3,
-        "ygap": 3,
-        "hovertemplate": "vector %{y}, measured %{x}: %{hovertext}<extra></extra>",
-        "colorbar": {"orientation": "h", "thickness": 10, "y": 1.02, "yanchor": "bottom", "tickformat": ".0f"},
-    }
-    missing: list[JsonValue] = [
-        {"x": column, "y": row, "text": "missing", "showarrow": False, "font": {"color": "#8F3306", "size": 11}, "textangle": 0}
-        for row, line in zip(names, cells, strict=True)
-        for column, change in zip(columns, line, strict=True)
-        if change is None or change.of_100 is None
-    ]
-    x = style_axis("measured trait", autotickangles=[0, 90], tickfont={"size": 12}, showgrid=False)
-    y = style_axis("vector added", autorange="reversed", showgrid=False)
-    layout = style_layout(height_for(names) + 90, x=x, y=y) | {"annotations": missing}
-    alt = "Change of each measured trait (columns) under each trait's vector (rows), in hundredths of the scale; * is significant after Holm."
-    return Figure(name="side", alt=alt, data=[heat], layout=layout)
-
-
-def matrix_axes(data: CostData) -> tuple[list[CostArm], list[Measure]]:
-    """Return the rows of the matrix of side effects, and its columns."""
-    arms = [arm for arm in data.arms if arm.trait is not None]
-    return arms, [m for m in data.measures if m.trait is not None and any(arm.name in m.values for arm in arms)]
-
-
-def side_names(found: Sequence[CostArm] | Sequence[Measure]) -> list[str]:
-    """Return their traits, or their own names where a trait occurs twice: what has the same name would share a row."""
-    traits = [one.trait for one in found]
-    return [one.trait if one.trait is not None and traits.count(one.trait) == 1 else one.name for one in found]
-
-
-def _cell(change: Change | None) -> str:
-    if change is None or change.of_100 is None:
-        return ""
-    return signed(change.of_100, 0) + ("*" if change.established else "")
-
-
-def _cell_hover(change: Change | None) -> str:
-    if change is None or change.shown is None:
-        return ""
-    shown = change.shown
-    return signed(shown.value, 1) + (" (no interval)" if shown.low is None else f" ({signed(shown.low, 1)} to {signed(shown.high, 1)})")
 
 
 def _bands(name: str, data: CostData, measure: Measure) -> Figure:

@@ -127,22 +127,21 @@ def _nothing_compared(data: CostData) -> tuple[Tone, str]:
 
 
 def _reach_title(data: CostData, joint: Sequence[Reach]) -> tuple[Tone, str]:
-    axis = data.axis or ""
-    every = "every cost stays" if len(_roles(data, "cost")) > 1 else f"{_roles(data, 'cost')[0].name} stays"
-    several = len({reach.series for reach in joint}) > 1
-    parts = [
-        f"{f'{r.series}: ' if several else ''}{f'up to {axis} {setting(r.x)}' if r.arm is not None else f'no {_direction(r, joint)}{axis}'}"
-        for r in joint
-    ]
-    tone: Tone = "good" if all(r.arm is not None for r in joint) else "bad" if any(r.measured for r in joint if r.arm is None) else "unclear"
-    if len(joint) == 1:
-        reach = joint[0]
-        return tone, (
-            f"Up to {axis} {setting(reach.x)}, {every} within its tolerance."
-            if reach.arm is not None
-            else f"No {axis} of the sweep is shown to keep {every.replace(' stays', '')} within its tolerance."
-        )
-    return tone, f"How far {every} within its tolerance: {'; '.join(parts)}."
+    axis, costs = data.axis or "", _roles(data, "cost")
+    what = "every cost" if len(costs) > 1 else costs[0].name
+    reached = [reach for reach in joint if reach.arm is not None]
+    tone: Tone = "good" if len(reached) == len(joint) else "bad" if any(r.measured for r in joint if r.arm is None) else "unclear"
+    if len(joint) > 1:
+        several = len(data.series) > 1
+        parts = [f"{f'{r.series} ' if several else ''}{_how_far(r, joint, axis)}" for r in joint]
+        return tone, f"Within the tolerance on {what}: {'; '.join(parts)}."
+    if reached:
+        return tone, f"Up to {axis} {setting(joint[0].x)}, {what} stays within its tolerance."
+    return tone, f"No {axis} of the sweep is shown to keep {what} within its tolerance."
+
+
+def _how_far(reach: Reach, joint: Sequence[Reach], axis: str) -> str:
+    return f"up to {axis} {setting(reach.x)}" if reach.arm is not None else f"at no {_direction(reach, joint)}{axis}"
 
 
 def _direction(reach: Reach, joint: Sequence[Reach]) -> str:
@@ -272,7 +271,7 @@ def _warnings(data: CostData, analysis: CostAnalysis, arms: Sequence[CostArm]) -
     if data.axis is None and arms:
         found.append("Nothing was swept, so there is no largest value within the tolerance; specs are compared one by one.")
     elif arms and not ordered(data.axis):
-        found.append(f"Values of {data.axis} are no more and no less steering, so there is no largest one within the tolerance.")
+        found.append(f"A larger {data.axis} is not more steering, so there is no largest one within the tolerance.")
     if arms and not _roles(data, "benefit"):
         found.append("No benefit was measured, so this page says what steering costs and not what it buys.")
     if arms and not _roles(data, "cost"):

@@ -12,7 +12,8 @@ from steered_lm.config import Config, write_atomic
 from steered_lm.report import cost_headline
 from steered_lm.report.cost_analysis import Change, CostAnalysis, analyse_cost, unit_of
 from steered_lm.report.cost_data import UNSTEERED, CostArm, CostData, Measure, load_cost
-from steered_lm.report.cost_figures import cost_figures, matrix_axes, side_names
+from steered_lm.report.cost_figures import cost_figures
+from steered_lm.report.cost_matrix import matrix_axes, side_names
 from steered_lm.report.headline import Headline
 from steered_lm.report.page import TINY, page_environment
 from steered_lm.report.wording import setting
