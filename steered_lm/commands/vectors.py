@@ -21,7 +21,7 @@ vectors_app = typer.Typer(no_args_is_help=True, help="Build and inspect trait ve
 def vectors_build(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     model: ModelName = TINY_CHAT,
-    traits: Annotated[str, typer.Option(help="Comma-separated traits of ours or contrast-set files; all: every one of ours.")] = "all",
+    traits: Annotated[str, typer.Option(help="Comma-separated traits of ours or files; all: the five axes; persona_vectors: those seven.")] = "all",
     layers: Annotated[str, typer.Option(help="0-indexed blocks such as 4 or 3,4,5; auto: two thirds of the depth; all.")] = "auto",
     method: Annotated[str | None, typer.Option(help="svd, mean_diff or pca; by default svd, with --judge mean_diff.")] = None,
     pooling: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last.")] = "response_mean",
@@ -44,9 +44,11 @@ def vectors_build(
 ) -> None:
     """Build trait vectors from contrast sets and write them with the facts of how they came out."""
     from steered_lm.extract.contrast import available_traits
+    from steered_lm.judges.traits import TRAITS
     from steered_lm.study import build
 
-    names = available_traits() if traits == "all" and pairs_file is None else [] if traits == "all" else [t.strip() for t in traits.split(",")]
+    groups = {"all": available_traits() if pairs_file is None else [], "persona_vectors": [*TRAITS]}
+    names = [name for part in traits.split(",") for name in groups.get(part.strip(), [part.strip()])]
     chosen = method or ("svd" if judge is None else "mean_diff")
     settings: dict[str, Any] = {"method": chosen, "pooling": pooling, "pairs": pairs, "held_out_pairs": held_out_pairs, "seed": seed}
     settings |= {"max_new_tokens": max_new_tokens, "allow_chance": allow_chance, "missing_limit": missing_limit}

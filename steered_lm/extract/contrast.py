@@ -5,12 +5,15 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
 from steered_lm.config import Config, content_hash, read_structured
 from steered_lm.errors import UserError, near_misses
+
+if TYPE_CHECKING:
+    from steered_lm.judges.traits import Trait
 
 Split = Literal["build", "held_out"]
 _OURS = Path(__file__).parent / "contrast_sets"
@@ -102,19 +105,56 @@ def available_traits() -> list[str]:
 
 
 def load_contrast_set(trait: str) -> ContrastSet:
-    """Return one of our contrast sets by trait, or one from a YAML or JSON file.
+    """Return the contrast set of a trait of ours (a persona axis, or one of Persona Vectors), or one from a file.
+
+    A file is a contrast set (YAML or JSON), or a trait's file for extraction in the published form of Persona Vectors (JSON).
 
     Raises:
         UserError: when there is none, with near misses, or when the file is malformed.
     """
+    from steered_lm.judges.traits import TRAITS, load_trait
+
     path = Path(trait).expanduser()
     if path.suffix not in {".yaml", ".yml", ".json"}:
+        if trait in TRAITS:
+            return of_trait(load_trait(trait))
         if trait not in available_traits():
-            raise UserError(
-                f"traits={trait!r} has no contrast set. {near_misses(trait, available_traits())} Or give the path of a YAML or JSON file."
-            )
+            known = [*available_traits(), *TRAITS]
+            raise UserError(f"traits={trait!r} has no contrast set. {near_misses(trait, known)} Or give the path of a YAML or JSON file.")
         path = _OURS / f"{trait}.yaml"
-    return ContrastSet.parse(read_structured(path), source=f"contrast set {str(path)!r}")
+    found = read_structured(path)
+    if isinstance(found, dict) and "instruction" in found:
+        loaded = load_trait(trait)
+        # a file by itself, in no folder that says what it is for
+        return of_trait(loaded if loaded.extract else loaded.model_copy(update={"extract": loaded.evaluate, "evaluate": None}))
+    return ContrastSet.parse(found, source=f"contrast set {str(path)!r}")
+
+
+def of_trait(trait: "Trait") -> ContrastSet:
+    """Return a trait in the published form as a contrast set.
+
+    Directions are built from all instruction pairs but the last, on the questions of extraction. They are checked on the last pair, on the
+    questions of evaluation; where there are none, on the last quarter of those of extraction, which are then not built on.
+
+    Raises:
+        UserError: when the trait has no file for extraction, or one that is too small to hold anything out.
+    """
+    file = trait.extract
+    if file is None:
+        raise UserError(f"trait {trait.name!r} has no file for extraction, so no vector can be built. Put one into a folder 'extract' beside 'eval'.")
+    pairs = [TextPair(pos=pair.pos, neg=pair.neg) for pair in file.instruction]
+    build, held_out = list(file.questions), [] if trait.evaluate is None else list(trait.evaluate.questions)
+    if not held_out:
+        kept = len(build) - math.ceil(len(build) / 4)
+        build, held_out = build[:kept], build[kept:]
+    if len(pairs) < 2 or not build:
+        raise UserError(f"trait {trait.name!r} has too little to hold some of it out. Write two instruction pairs and two questions at least.")
+    return ContrastSet(
+        trait=trait.name,
+        description=trait.description or "",
+        instructions=Instructions(build=tuple(pairs[:-1]), held_out=(pairs[-1],)),
+        questions=Questions(build=tuple(build), held_out=tuple(held_out)),
+    )
 
 
 def load_pair_lists(path: Path | str) -> list[ContrastSet]:
