@@ -229,14 +229,14 @@ def _stop(data: CostData, analysis: CostAnalysis, reach: Reach, who: str) -> Sen
 
 
 def _plain_title(data: CostData, analysis: CostAnalysis, arms: Sequence[CostArm]) -> tuple[Tone, str]:
-    specs = count(len(arms), "spec")
+    steered = count(len(arms), "steered arm")
     lost = _lost(data, analysis)
     if not _roles(data, "cost"):
-        return "unclear", f"What {specs} cost was not measured."
+        return "unclear", "What steering costs was not measured."
     if lost:
         which = len({change.arm for change in lost})
-        return "bad", f"A loss was measured under {which} of {specs}."
-    return "unclear", f"No loss is established under {specs}; how large a loss is still possible is in the intervals."
+        return "bad", f"A loss was measured under {which} of {steered}."
+    return "unclear", f"No loss is established under {steered}; how large a loss is still possible is in the intervals."
 
 
 def _lost(data: CostData, analysis: CostAnalysis) -> list[Change]:
@@ -265,7 +265,7 @@ def _spread(data: CostData, analysis: CostAnalysis, measure: Measure, series: st
         return _sentence("unclear", f"{measure.name}: nothing to compare.")
     low, high = min(found, key=lambda one: one[1].value)[0], max(found, key=lambda one: one[1].value)[0]
     tones = [_verdict(measure, change) for change, _ in found]
-    counted = "; ".join(f"a {word} is established under {tones.count(tone)} of {count(len(found), 'arm')}" for tone, word in _FOUND)
+    counted = "; ".join(f"a {word} is established under {tones.count(tone)} of {count(len(found), 'steered arm')}" for tone, word in _FOUND)
     text = f"{measure.name}: from {change_words(low)} under {low.arm} to {change_words(high)} under {high.arm}; {counted}."
     return _sentence("bad" if "bad" in tones else "good" if "good" in tones else "unclear", text)
 
@@ -314,9 +314,8 @@ def _missing(data: CostData) -> list[str]:
             f"{count(total, 'more value')} {'is' if total == 1 else 'are'} missing: {_some([f'{m.name} under {arm}' for m, arm, _ in little])}."
         )
     if beside:
-        found.append(
-            f"{count(sum(beside), 'value')} {'is' if sum(beside) == 1 else 'are'} missing in {count(len(beside), 'cell')} of the matrix of side effects."
-        )
+        verb = "is" if sum(beside) == 1 else "are"
+        found.append(f"{count(sum(beside), 'value')} {verb} missing in {count(len(beside), 'cell')} of the matrix of side effects.")
     if found:
         found.append("What is missing drops out of differences; for the tolerance, the worst is assumed of what is missing under steering.")
     return found
