@@ -48,10 +48,11 @@ def scored(values: dict[str, tuple[float | None, ...]], **more: Any) -> Measure:
 
 
 def perplexity(steered: tuple[float | None, ...], *, tokens: int = 10) -> Measure:
-    """Six texts of equal length at 2 nats a token unsteered; ``steered`` are nats a token too."""
-    values = {UNSTEERED: (2.0 * tokens,) * 6, "a 1": tuple(None if v is None else v * tokens for v in steered)}
+    """Texts of equal length at 2 nats a token unsteered; ``steered`` are nats a token too."""
+    n = len(steered)
+    values = {UNSTEERED: (2.0 * tokens,) * n, "a 1": tuple(None if v is None else v * tokens for v in steered)}
     named: dict[str, Any] = {"name": "perplexity", "role": "cost", "kind": "tokens", "higher_is_better": False, "exponentiate": True}
-    return Measure(**named, items=tuple("uvwxyz"), tokens=(tokens,) * 6, values=values)
+    return Measure(**named, items=tuple(str(i) for i in range(n)), tokens=(tokens,) * n, values=values)
 
 
 def matrix(*measures: Measure, traits: tuple[str, ...] = ("evil", "formality")) -> CostAnalysis:
@@ -176,8 +177,10 @@ def test_a_perplexity_is_bounded_by_its_relative_growth() -> None:
 
 
 def test_a_perplexity_with_a_missing_text_has_no_bound() -> None:
-    found = reach(small(perplexity((2.0, 2.0, 2.01, None, 2.0, 2.0))), "perplexity")
-    assert (found.arm, found.stopped_loss) == (None, None)
+    eight = (2.0, 2.0, 2.01, 2.0, 2.0, 2.0, 2.01, 2.0)
+    assert reach(small(perplexity(eight)), "perplexity").x == 1.0
+    found = reach(small(perplexity((*eight[:7], None))), "perplexity")
+    assert (found.arm, found.why, found.stopped_loss) == (None, "missing", None)
 
 
 def test_a_perplexity_beyond_all_numbers_is_shown_without_one() -> None:

@@ -266,6 +266,40 @@ def test_a_measured_loss_at_the_smallest_value_and_too_few_items_are_told_apart(
     assert "a loss was measured" not in said
 
 
+def test_where_no_value_keeps_every_cost_the_gain_and_each_cost_alone_are_still_told() -> None:
+    right, wrong = (1.0,) * 1000, (0.0,) * 200 + (1.0,) * 800
+    measures = (
+        accuracy("fit", "benefit", unsteered=wrong, a_1=right, a_2=right),
+        accuracy("mmlu", unsteered=right, a_1=right, a_2=wrong),
+        accuracy("truthful", unsteered=right, a_1=wrong, a_2=wrong),
+    )
+    said = build_cost(small(*measures, xs=(1.0, 2.0))).headline
+    assert (said.tone, said.title) == ("bad", "No alpha of the sweep is shown to keep every cost within its tolerance.")
+    texts = [s.text for s in said.sentences]
+    assert texts[0].startswith("fit: from +20.0 (")
+    assert texts[0].endswith("a gain is established under 2 of 2 steered arms; a loss is established under 0 of 2 steered arms.")
+    assert texts[1].startswith("No alpha is shown to keep truthful within 2 points; at 1, a loss was measured there: change −20.0")
+    assert texts[2] == "Taken alone, costs stay within their tolerances further: mmlu up to alpha 1."
+
+
+def test_a_perplexity_that_explodes_is_drawn_on_a_logarithmic_axis_with_full_labels() -> None:
+    nats = {UNSTEERED: (20.0, 21.0, 22.0, 23.0, 24.0, 25.0)}
+    nats |= {
+        "a 1": tuple(v + 0.5 for v in (20.0, 21.5, 22.0, 23.0, 24.0, 25.0)),
+        "a 2": tuple(v + 40.0 for v in (20.0, 21.5, 22.0, 23.0, 24.0, 25.0)),
+    }
+    named: dict[str, Any] = {"name": "perplexity", "role": "cost", "kind": "tokens", "higher_is_better": False, "exponentiate": True}
+    measure = Measure(**named, items=tuple("abcdef"), tokens=(10,) * 6, values=nats)
+    report = build_cost(small(measure, accuracy("fit", "benefit", unsteered=(0.0,) * 9, a_1=(1.0,) * 9, a_2=(1.0,) * 9), xs=(1.0, 2.0)))
+    figures = cost_figures(report.data, report.analysis)
+    curve, trade = figures.curves[1].layout["yaxis"], figures.trades[0].layout["yaxis"]
+    assert (curve["type"], trade["type"]) == ("log", "log")  # type: ignore[index,call-overload]
+    assert {10.0, 20.0, 50.0, 100.0} <= set(curve["tickvals"])  # type: ignore[index,call-overload,arg-type]
+    # up is better: the ratio of a perplexity is drawn downwards
+    assert trade["range"][0] > trade["range"][1]  # type: ignore[index,call-overload,operator]
+    assert curve["range"][0] < curve["range"][1]  # type: ignore[index,call-overload,operator]
+
+
 def test_what_was_assumed_of_missing_items_is_said() -> None:
     right = (1.0,) * 1000
     text = words(small(accuracy(unsteered=right, a_1=(None,) * 50 + right[50:])))
@@ -309,9 +343,9 @@ def test_many_specs_are_told_by_measure() -> None:
     measure = Measure(name="mmlu", role="cost", kind="accuracy", items=tuple(str(i) for i in range(300)), values=values)
     arms = (CostArm(name=UNSTEERED), *(CostArm(name=f"a {i}", series=f"a {i}") for i in range(6)))
     said = build_cost(small(measure, arms=arms, axis=None)).headline
-    assert said.title == "A loss was measured under 5 of 6 specs."
+    assert said.title == "A loss was measured under 5 of 6 steered arms."
     assert said.sentences[0].text.startswith("mmlu: from −33.3 (")
-    assert "a gain is established under 0 of 6 specs; a loss is established under 5 of 6 specs" in said.sentences[0].text
+    assert "a gain is established under 0 of 6 steered arms; a loss is established under 5 of 6 steered arms" in said.sentences[0].text
 
 
 def test_a_page_without_benefits_or_without_costs_says_what_it_cannot_say() -> None:
@@ -319,7 +353,7 @@ def test_a_page_without_benefits_or_without_costs_says_what_it_cannot_say() -> N
     assert "not what it buys" in words(small(accuracy(unsteered=right, a_1=right)))
     gains = small(accuracy("fit", "benefit", unsteered=right, a_1=right))
     assert "not what it costs" in words(gains)
-    assert "What 1 spec cost was not measured." in words(gains)
+    assert "What steering costs was not measured." in words(gains)
     assert "Nothing was compared" in words(small(accuracy(unsteered=right)))
 
 

@@ -1,6 +1,7 @@
 """The cost page's figures as plotly data, drawn from the numbers in the page's JSON and from nothing else."""
 
 import html
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ BANDS = ("0–20", "21–40", "41–60", "61–80", "81–100")
 _BAND_COLOURS = ("#E5E7EB", "#B9D3E8", "#74A9CF", "#2B7BBA", "#08306B")
 _BESIDE = ("top right", "bottom right", "top left", "bottom left")
 _SOLE_HEIGHT = 330
+_WIDE = 8.0
+_ORDER = ("benefit", "cost", "note")
 
 
 class CostFigures(NamedTuple):
@@ -40,7 +43,7 @@ def cost_figures(data: CostData, analysis: CostAnalysis) -> CostFigures:
     swept = data.axis is not None and any(arm.x is not None for arm in data.arms)
     draw = _curve if swept else _forest
     shown = [(i, m) for i, m in enumerate(data.measures) if m.name != "kl" or not swept]
-    curves = [draw(f"measure-{i}", data, analysis, measure) for i, measure in shown]
+    curves = [draw(f"measure-{i}", data, analysis, m) for i, m in sorted(shown, key=lambda one: _ORDER.index(one[1].role))]
     kl = next((_curve("kl", data, analysis, m) for m in data.measures if m.name == "kl"), None) if swept else None
     trades = [
         _trade(f"trade-{i}-{j}", data, analysis, benefit, cost)
@@ -87,12 +90,9 @@ def _curve(name: str, data: CostData, analysis: CostAnalysis, measure: Measure) 
     if not drawn:
         return None
     y = style_axis(_levels_title(measure), **({"tickformat": ".0%"} if _share(measure) else {}))
-    if measure.exponentiate and _wide(analysis, measure):
-        y |= {"type": "log", "dtick": "D2"}
-    else:
-        unsteered, margin = analysis.level(UNSTEERED, measure.name), analysis.margin(measure.name)
-        ends += [None if unsteered is None else unsteered.value, None if margin is None else margin.level]
-        y |= {"range": _room([end for end in ends if end is not None])}
+    unsteered, margin = analysis.level(UNSTEERED, measure.name), analysis.margin(measure.name)
+    ends += [None if unsteered is None else unsteered.value, None if margin is None else margin.level]
+    y |= _span(measure, [end for end in ends if end is not None])
     layout = style_layout(_SOLE_HEIGHT + (24 * len(series) if len(series) > 1 else 0), x=style_axis(data.axis or ""), y=y)
     layout |= {"showlegend": len(series) > 1, "shapes": _references(analysis, measure)}
     alt = f"{_spaced(measure.name)} against {data.axis}, with {data.confidence:.0%} intervals; dashed: the unsteered model"
@@ -155,7 +155,7 @@ def _forest(name: str, data: CostData, analysis: CostAnalysis, measure: Measure)
         "name": "steered minus unsteered",
         "hovertemplate": "%{x:.3g}<extra>%{y}</extra>",
     }
-    x = _change_axis(measure) | {"range": _range(analysis, measure, [shown for _, shown in known])}
+    x = _change_axis(measure) | _changes_span(analysis, measure, [shown for _, shown in known])
     rows = name_rows([row for row, _ in known]) | {"autorange": False, "range": [len(known) - 0.5, -0.5]}
     layout = style_layout(height_for([row for row, _ in known]), x=x, y=rows)
     layout |= {"showlegend": False, "shapes": _margin_lines(analysis, measure, "x")}
@@ -179,9 +179,8 @@ def _trade(name: str, data: CostData, analysis: CostAnalysis, benefit: Measure, 
         return None
     origin: Json = {"type": "scatter", "mode": "markers", "x": [_nothing(benefit)], "y": [_nothing(cost)], "name": "unsteered"}
     drawn.append(origin | {"marker": {"color": GREY, "size": 10, "symbol": "diamond"}, "hovertemplate": "unsteered<extra></extra>"})
-    x = _change_axis(benefit) | {"range": _range(analysis, benefit, [gain for gain, _ in every])}
-    span = _range(analysis, cost, [loss for _, loss in every])
-    y = _change_axis(cost) | {"range": span if cost.higher_is_better else span[::-1]}
+    x = _change_axis(benefit) | _changes_span(analysis, benefit, [gain for gain, _ in every])
+    y = _change_axis(cost) | _changes_span(analysis, cost, [loss for _, loss in every], reverse=not cost.higher_is_better)
     layout = style_layout(_SOLE_HEIGHT + 60 + 20 * len(series), x=x, y=y)
     layout |= {"shapes": [*_margin_lines(analysis, cost, "y"), *_unit_lines(benefit, cost)]}
     labelled = f"each point is labelled with its {data.axis}" if data.axis else "one point a spec"
@@ -252,18 +251,30 @@ def _nothing(measure: Measure) -> float:
     return 1.0 if measure.exponentiate else 0.0
 
 
-def _range(analysis: CostAnalysis, measure: Measure, changes: Sequence[Shown]) -> list[JsonValue]:
-    """Return an axis range with no change in it, what is accepted, and room around the longest interval."""
+def _changes_span(analysis: CostAnalysis, measure: Measure, changes: Sequence[Shown], *, reverse: bool = False) -> Json:
+    """Return an axis' extent with no change in it, what is accepted, and room around the longest interval."""
     margin = analysis.margin(measure.name)
     ends = [_nothing(measure), *(v for one in changes for v in (one.value, one.low, one.high) if v is not None)]
-    ends += [] if margin is None else [margin.shown]
-    return _room(ends)
+    return _span(measure, ends + ([] if margin is None else [margin.shown]), reverse=reverse)
 
 
-def _room(ends: Sequence[float]) -> list[JsonValue]:
-    """Return an axis range with some room around what it shows."""
-    room = 0.07 * ((max(ends) - min(ends)) or 1.0)
-    return [min(ends) - room, max(ends) + room]
+def _span(measure: Measure, ends: Sequence[float], *, reverse: bool = False) -> Json:
+    """Return an axis' extent with room around what it shows; perplexities that differ much get a logarithmic one."""
+    logarithmic = measure.exponentiate and min(ends) > 0.0 and max(ends) > _WIDE * min(ends)
+    low, high = (math.log10(end) if logarithmic else end for end in (min(ends), max(ends)))
+    room = 0.07 * ((high - low) or 1.0)
+    extent: list[JsonValue] = [high + room, low - room] if reverse else [low - room, high + room]
+    if not logarithmic:
+        return {"range": extent}
+    # plotly's own labels leave out the zeros between powers of ten
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    return {
+        "range": extent,
+        "type": "log",
+        "zeroline": False,
+        "tickvals": [step * 10.0**k for k in decades for step in (1, 2, 5)],
+        "tickformat": "~g",
+    }
 
 
 def _change_axis(measure: Measure) -> Json:
@@ -312,12 +323,6 @@ def _levels_title(measure: Measure) -> str:
     return (
         measure.name if measure.scale is None or _share(measure) else f"{measure.name} ({plain(measure.scale[0], 0)} to {plain(measure.scale[1], 0)})"
     )
-
-
-def _wide(analysis: CostAnalysis, measure: Measure) -> bool:
-    """Return whether the levels need a logarithmic axis."""
-    values = [one.level.value for one in analysis.levels if one.measure == measure.name and one.level.value]
-    return bool(values) and max(values) > 10.0 * min(values)
 
 
 def _spaced(name: str) -> str:

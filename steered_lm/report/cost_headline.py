@@ -27,7 +27,7 @@ def cost_headline(data: CostData, analysis: CostAnalysis) -> Headline:
     else:
         tone, title = _plain_title(data, analysis, arms)
         if len(arms) > _ONE_BY_ONE:
-            sentences = [_spread(data, analysis, measure) for measure in data.measures if measure.role != "note"]
+            sentences = [_spread(data, analysis, measure, None) for measure in data.measures if measure.role != "note"]
         else:
             sentences = [sentence for arm in arms for sentence in _arm_sentences(data, analysis, arm)]
     return Headline(tone=tone, title=title, sentences=(*sentences, *_warnings(data, analysis, arms)))
@@ -159,9 +159,12 @@ def _at_reach(data: CostData, analysis: CostAnalysis, joint: Reach, every: Seque
         where = f"{who}at {axis} {setting(joint.x)}, "
         found += [_benefit(data, analysis, arm, measure, where) for measure in _roles(data, "benefit")]
         found += [_kept(data, analysis, arm, measure, where) for measure in _roles(data, "cost")]
-    own = [r for r in every if r.series == joint.series and r.measure != ALL and r.stopped_at is not None and r.stopped_at * _side(joint) >= 0]
-    blocking = [r for r in own if r.measure in joint.blockers and r.stopped_at == joint.stopped_at]
-    return found + [_stop(data, analysis, r, who) for r in blocking]
+    own = [r for r in every if r.series == joint.series and r.measure != ALL and _side(r) == _side(joint)]
+    if joint.arm is None:
+        found += [_spread(data, analysis, measure, joint.series) for measure in _roles(data, "benefit")]
+    found += [_stop(data, analysis, r, who) for r in own if r.measure in joint.blockers and r.stopped_at == joint.stopped_at]
+    further = [f"{r.measure} up to {axis} {setting(r.x)}" for r in own if r.arm is not None and r.arm != joint.arm]
+    return found + ([_sentence("unclear", f"{who}taken alone, costs stay within their tolerances further: {', '.join(further)}.")] if further else [])
 
 
 def _side(reach: Reach) -> float:
@@ -226,14 +229,14 @@ def _stop(data: CostData, analysis: CostAnalysis, reach: Reach, who: str) -> Sen
 
 
 def _plain_title(data: CostData, analysis: CostAnalysis, arms: Sequence[CostArm]) -> tuple[Tone, str]:
-    specs = count(len(arms), "spec")
+    steered = count(len(arms), "steered arm")
     lost = _lost(data, analysis)
     if not _roles(data, "cost"):
-        return "unclear", f"What {specs} cost was not measured."
+        return "unclear", "What steering costs was not measured."
     if lost:
         which = len({change.arm for change in lost})
-        return "bad", f"A loss was measured under {which} of {specs}."
-    return "unclear", f"No loss is established under {specs}; how large a loss is still possible is in the intervals."
+        return "bad", f"A loss was measured under {which} of {steered}."
+    return "unclear", f"No loss is established under {steered}; how large a loss is still possible is in the intervals."
 
 
 def _lost(data: CostData, analysis: CostAnalysis) -> list[Change]:
@@ -254,14 +257,15 @@ def _arm_sentences(data: CostData, analysis: CostAnalysis, arm: CostArm) -> list
     return found
 
 
-def _spread(data: CostData, analysis: CostAnalysis, measure: Measure) -> Sentence:
-    """Tell a measure's changes over many specs; which is the best of many is not told, because the best of many is lucky."""
-    found = [(c, c.shown) for c in analysis.changes if c.measure == measure.name and c.shown is not None]
+def _spread(data: CostData, analysis: CostAnalysis, measure: Measure, series: str | None) -> Sentence:
+    """Tell a measure's changes over many arms, of one series or of all, by their extremes and by how many are established."""
+    own = {arm.name for arm in data.arms if arm.series is not None and series in (None, arm.series)}
+    found = [(c, c.shown) for c in analysis.changes if c.measure == measure.name and c.arm in own and c.shown is not None]
     if not found:
         return _sentence("unclear", f"{measure.name}: nothing to compare.")
     low, high = min(found, key=lambda one: one[1].value)[0], max(found, key=lambda one: one[1].value)[0]
     tones = [_verdict(measure, change) for change, _ in found]
-    counted = "; ".join(f"a {word} is established under {tones.count(tone)} of {count(len(found), 'spec')}" for tone, word in _FOUND)
+    counted = "; ".join(f"a {word} is established under {tones.count(tone)} of {count(len(found), 'steered arm')}" for tone, word in _FOUND)
     text = f"{measure.name}: from {change_words(low)} under {low.arm} to {change_words(high)} under {high.arm}; {counted}."
     return _sentence("bad" if "bad" in tones else "good" if "good" in tones else "unclear", text)
 
@@ -297,8 +301,10 @@ def _too_few(data: CostData, analysis: CostAnalysis, role: str) -> str:
 def _missing(data: CostData) -> list[str]:
     """Return what is missing: each arm that misses much by itself with its reasons, the rest in one sentence."""
     holes = [(m, arm, sum(v is None for v in values)) for m in data.measures for arm, values in m.values.items()]
-    much = [(m, arm, gone) for m, arm, gone in holes if gone and gone > MISSING_SHARE * len(m.items)]
-    little = [(m, arm, gone) for m, arm, gone in holes if gone and gone <= MISSING_SHARE * len(m.items)]
+    side = {arm.name for arm in data.arms if arm.trait is not None}
+    much = [(m, arm, gone) for m, arm, gone in holes if arm not in side and gone > MISSING_SHARE * len(m.items)]
+    little = [(m, arm, gone) for m, arm, gone in holes if arm not in side and 0 < gone <= MISSING_SHARE * len(m.items)]
+    beside = [gone for m, arm, gone in holes if arm in side and m.trait is not None and gone]
     found = [f"{gone} of {count(len(m.items), 'item')} of {m.name} are missing under {arm}{_reasons(m, arm)}." for m, arm, gone in much[:_TOLD]]
     if len(much) > _TOLD:
         found.append(f"In {count(len(much) - _TOLD, 'more cell')} of the table more than {MISSING_SHARE:.0%} of the items are missing.")
@@ -307,6 +313,9 @@ def _missing(data: CostData) -> list[str]:
         found.append(
             f"{count(total, 'more value')} {'is' if total == 1 else 'are'} missing: {_some([f'{m.name} under {arm}' for m, arm, _ in little])}."
         )
+    if beside:
+        verb = "is" if sum(beside) == 1 else "are"
+        found.append(f"{count(sum(beside), 'value')} {verb} missing in {count(len(beside), 'cell')} of the matrix of side effects.")
     if found:
         found.append("What is missing drops out of differences; for the tolerance, the worst is assumed of what is missing under steering.")
     return found
@@ -322,7 +331,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _sentence(tone: Tone, text: str) -> Sentence:
-    start = next((start for start in ("at ", "no ") if text.startswith(start)), "")
+    start = next((start for start in ("at ", "no ", "taken ") if text.startswith(start)), "")
     return Sentence(tone=tone, text=start.capitalize() + text.removeprefix(start))
 
 

@@ -44,9 +44,9 @@ def side_effects(data: CostData, analysis: CostAnalysis) -> Figure | None:
         for column, change in zip(columns, line, strict=True)
         if change is None or change.of_100 is None
     ]
-    x = style_axis("measured trait", autotickangles=[0, 90], tickfont={"size": 12}, showgrid=False)
+    x = style_axis(autotickangles=[0, 90], tickfont={"size": 12}, showgrid=False)
     y = style_axis("vector added", autorange="reversed", showgrid=False)
-    layout = style_layout(height_for(names) + 90, x=x, y=y) | {"annotations": missing}
+    layout = style_layout(height_for(names) + 110, x=x, y=y) | {"annotations": missing}
     alt = "Change of each measured trait (columns) under each trait's vector (rows), in hundredths of the scale; * is significant after Holm."
     return Figure(name="side", alt=alt, data=[heat], layout=layout)
 

@@ -107,6 +107,7 @@ def cost_html(report: CostReport) -> str:
             group_levels={(one.measure, one.group): one.level for one in analysis.group_levels},
             subjects={(one.arm, one.measure, one.group): one for one in analysis.groups},
             families={role: sum(_role(data, c) == role for c in analysis.changes) for role in ("benefit", "cost")},
+            in_table=[measure.name for measure in data.measures if cost_headline.in_table(data, measure)],
             main_arms=[arm for arm in data.arms if arm.series is not None],
             tiny=data.model.parameters is not None and data.model.parameters < TINY,
         )
