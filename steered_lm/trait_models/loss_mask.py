@@ -119,9 +119,11 @@ class ConversationEncoder:
             if start is None or end is None:
                 around = self._around(messages, whole) if around is None else around
                 start, end = around[i][0] if start is None else start, around[i][1] if end is None else end
-            if message["content"].strip() not in whole[start:end] or (spans and start < spans[-1][1]):
+            said = next((text for text in (message["content"], message["content"].strip()) if text in whole[start:end]), None)
+            if said is None or (spans and start < spans[-1][1]):
                 raise self._refused(f"turn {i + 1} is not shown as it was written")
-            spans.append((start, start + len(whole[start:end].rstrip())))
+            # white space behind the end of a turn belongs to the template, but what was said may end with some
+            spans.append((start, max(whole.index(said, start) + len(said), start + len(whole[start:end].rstrip()))))
         return spans
 
     def _around(self, messages: list[dict[str, str]], whole: str) -> dict[int, tuple[int, int]]:
