@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _GRACE, _PATIENCE = 5.0, 20.0  # seconds until a job that does not end is killed, and until nothing helps
 # Jobs that this process started; they are waited for when they have ended, so that they leave no zombies.
-_children: list["subprocess.Popen[bytes]"] = []
+_children: list[int] = []
 
 
 class PeftOptions(Config):
@@ -123,7 +123,8 @@ class PeftBackend:
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=(lock.descriptor,), close_fds=True
             )
-        _children.append(child)
+        _children.append(child.pid)
+        child.returncode = 0  # it is meant to outlive this process, and Popen would warn of that
         logger.info("started process %d for %s", child.pid, folder)
 
     def poll(self, job: str, folder: Path) -> JobState:
@@ -225,4 +226,10 @@ def _end(process: psutil.Process, *, hard: bool) -> None:
 
 
 def _reap() -> None:
-    _children[:] = [child for child in _children if child.poll() is None]
+    for pid in tuple(_children):
+        try:
+            ended = os.waitpid(pid, os.WNOHANG)[0] == pid
+        except ChildProcessError:
+            ended = True
+        if ended and pid in _children:
+            _children.remove(pid)
