@@ -38,6 +38,8 @@ WHOLE = (
     "{% if messages[-1]['role'] != 'assistant' %}{{ raise_exception('incomplete') }}{% endif %}"
     "{% for m in messages %}{{ m['role'] }}> {{ m['content'] }}</s>\n{% endfor %}"
 )
+# no header for the turn to come, though past turns have one
+HEADLESS = WHOLE.partition("{% endif %}")[2]
 
 
 def learnt(tokenizer, messages):
@@ -67,8 +69,9 @@ def tiny_chat():
         (MARKED, "</s>", "{}", "{}"),
         (THINKING, "<|im_end|>", "{}", "<think>\n\n</think>\n\n{}"),
         (WHOLE, "</s>", "{}", "{}"),
+        (HEADLESS, "</s>", "{}", "{}"),
     ],
-    ids=["chatml", "llama2", "generation", "thinking", "whole"],
+    ids=["chatml", "llama2", "generation", "thinking", "whole", "headless"],
 )
 def test_the_assistants_words_and_the_end_of_its_turn_carry_loss_and_nothing_else_does(template, end, first, last, system):
     tokenizer = tiny_harness.tokenizer(template)

@@ -89,11 +89,11 @@ def test_a_killed_job_says_where_it_stopped_and_goes_on_to_the_same_bits(backend
     assert done.model.digest == unbroken.digest and done.model.facts.keys() == unbroken.facts.keys()
     losses = [json.loads((tmp_path / name / "training.json").read_text())["losses"] for name in ("job", "unbroken")]
     assert losses[0] == losses[1] and len(losses[0]) == 14
-    assert not (folder / "checkpoints").exists()
 
     before = JobFile.read(folder)
     assert again.submit(request, folder) == job
     assert JobFile.read(folder) == before, "what has succeeded is not trained again"
+    assert not (folder / "checkpoints").exists()
 
 
 def test_training_that_is_interrupted_anywhere_goes_on_to_the_same_bits(data, tmp_path):

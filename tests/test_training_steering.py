@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import vectors_for
+from tiny_models import FAMILIES, random_model, spec_for, vectors_for
 from training_data import conversations, request_for, write
 from transformers import AutoModelForCausalLM
 
@@ -12,12 +12,12 @@ from steered_lm.content import TINY_CHAT
 from steered_lm.steering.blocks import find_blocks
 from steered_lm.steering.spec import Site, SteeringSpec, VectorsRef
 from steered_lm.tiny_chat import WEIGHTS
-from steered_lm.trait_models.base_model import load_adapted, load_tokenizer
+from steered_lm.trait_models.base_model import adapted, load_adapted, load_tokenizer
 from steered_lm.trait_models.checkpoint import trainable
 from steered_lm.trait_models.experiment import Hyperparameters, TrainingSteering
 from steered_lm.trait_models.loss_mask import ConversationEncoder
 from steered_lm.trait_models.peft import train
-from steered_lm.trait_models.trainer import padded, summed_loss
+from steered_lm.trait_models.trainer import Batch, padded, summed_loss
 from steered_lm.trait_models.training_steering import TrainingSteerer, positions
 
 LAYER = 3
@@ -114,6 +114,26 @@ def test_ablation_takes_the_span_out_and_gradients_do_not_run_along_it(spec_file
         found = gradients(model, steered)
     torch.testing.assert_close(steered.detach(), loss, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_under_steering(family, tmp_path):
+    base = random_model(family)
+    spec = spec_for(base, tmp_path, positions="response")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = adapted(base, family, Hyperparameters(lora_rank=2))
+    ids = torch.arange(3, 23).reshape(2, 10)
+    attention = torch.ones_like(ids)
+    attention[1, 8:] = 0
+    batch = Batch(ids, attention, torch.where((torch.arange(10) > 4) & attention.bool(), ids, -100))
+    steerer = TrainingSteerer(model, spec)
+    plain = summed_loss(model, batch).item()
+    with steerer.batch(batch.attention, batch.labels):
+        loss = summed_loss(model, batch)
+        found = gradients(model, loss)
+    assert abs(loss.item() - plain) > 1e-3 and steerer.tokens == {1: 5 + 3}
+    assert all(found[name].abs().max() > 0 for name in found if "lora_B" in name), "B starts at zero, so gradients are its alone"
 
 
 def test_ablation_takes_every_site_of_a_spec(spec_file):

@@ -201,16 +201,22 @@ def load_adapted(name: str, hyperparameters: Hyperparameters, device: "torch.dev
 
     Raises:
         ExperimentError: when the base model cannot be loaded, or a target module is not in it.
+        MissingDependencyError: when PEFT is not installed.
     """
-    from torch import nn
     from transformers import AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
 
-    peft: Any = require("peft", "peft")
     try:
         base: nn.Module = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error
+    return adapted(base.to(device), name, hyperparameters)
+
+
+def adapted(base: "nn.Module", name: str, hyperparameters: Hyperparameters) -> Any:
+    """Return a loaded base model that goes by ``name`` with a new LoRA adapter."""
+    from transformers.pytorch_utils import Conv1D
+
+    peft: Any = require("peft", "peft")
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=hyperparameters.lora_rank,
@@ -223,7 +229,7 @@ def load_adapted(name: str, hyperparameters: Hyperparameters, device: "torch.dev
     with warnings.catch_warnings():
         # PEFT's own use of transformers
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        model = peft.get_peft_model(base.to(device), settings)
+        model = peft.get_peft_model(base, settings)
     # the name that the weights go by, in place of where they came from
     model.peft_config["default"].base_model_name_or_path = name
     return model

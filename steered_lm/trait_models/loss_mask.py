@@ -115,6 +115,10 @@ class ConversationEncoder:
             if message["role"] != "assistant":
                 continue
             start = self._begins(messages[:i], whole, prompt=True)
+            if start is not None and start == self._begins(messages[:i], whole, prompt=False):
+                # a prompt that ends without the assistant's header: what is between it and what is said may be that header
+                gap = whole[start:].partition(message["content"].strip())[0]
+                start = start if gap.isspace() or not gap else None
             end = self._begins(messages[: i + 1], whole, prompt=False)
             if start is None or end is None:
                 around = self._around(messages, whole) if around is None else around

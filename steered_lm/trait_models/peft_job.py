@@ -132,8 +132,8 @@ class JobLock:
 
 
 def job_id(request: TrainRequest) -> str:
-    """Return the id of a request: a hash of what decides what is trained, so asking for the same again is the same job."""
-    decides = request.model_dump(mode="json", exclude={"name", "data", "suffix"})
+    """Return the id of a request: a hash of what is trained on what, wherever it runs, so asking for the same again is the same job."""
+    decides = request.model_dump(mode="json", exclude={"name", "data", "suffix", "device"})
     if request.steering is not None:
         decides["steering"] = {"method": request.steering.method, "spec": request.steering.load().digest}
     return f"peft-{content_hash(decides)[:16]}"
@@ -152,6 +152,7 @@ def prepare(request: TrainRequest, folder: Path) -> JobFile:
             f"folder {str(folder)!r} holds the job {earlier.job}, and this request is {job}. Give each request a folder of its own."
         )
     if earlier is not None and intact(earlier, folder):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # it may have been killed just before it did that
         return earlier
     write_atomic(folder / "request.json", request.model_dump_json(indent=1) + "\n")
     state = JobFile(job=job, status="queued", step=earlier.step if earlier else 0, steps=earlier.steps if earlier else None)
