@@ -23,7 +23,7 @@ INSTALLED = {"test_autoload", "test_packaging", "test_stock_commands"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep each file's tests on one worker (``--dist loadgroup``): its fixtures are then made once. Leave out what needs a GPU where there is none."""
+    """Keep each file's tests on one worker (``--dist loadgroup``): its fixtures are then made once. GPU tests need a GPU."""
     if accelerated := [item for item in items if item.get_closest_marker("gpu")]:
         import torch
 

@@ -134,7 +134,7 @@ def test_a_tokenizer_that_does_not_say_where_tokens_stand_gives_the_same():
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        ("{% for m in messages %}{{ m['content'] | upper }}</s>{% endfor %}", "turn 2 is not shown as it was written"),
+        ("{% for m in messages %}{{ m['content'] | upper }}</s>{% endfor %}", "does not show every turn of the assistant once"),
         ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", "turn 2 is not shown as it was written"),
         (
             "{{ messages | length }} {% for m in messages %}{{ m['content'] }} {{ m['content'] }}{% endfor %}",
