@@ -59,6 +59,7 @@ def wait_for(backend, job, folder, done, seconds=60.0):
     return state
 
 
+@pytest.mark.slow
 def test_a_killed_job_says_where_it_stopped_and_goes_on_to_the_same_bits(backend, tmp_path):
     settings = {"epochs": 2.0, "save_steps": 2, "lora_dropout": 0.1, "batch_size": 2, "gradient_accumulation": 2}
     data = write(tmp_path, conversations(28))
@@ -89,11 +90,11 @@ def test_a_killed_job_says_where_it_stopped_and_goes_on_to_the_same_bits(backend
     assert done.model.digest == unbroken.digest and done.model.facts.keys() == unbroken.facts.keys()
     losses = [json.loads((tmp_path / name / "training.json").read_text())["losses"] for name in ("job", "unbroken")]
     assert losses[0] == losses[1] and len(losses[0]) == 14
+    assert not (folder / "checkpoints").exists()
 
     before = JobFile.read(folder)
     assert again.submit(request, folder) == job
     assert JobFile.read(folder) == before, "what has succeeded is not trained again"
-    assert not (folder / "checkpoints").exists()
 
 
 def test_training_that_is_interrupted_anywhere_goes_on_to_the_same_bits(data, tmp_path):
@@ -115,6 +116,16 @@ def test_training_that_is_interrupted_anywhere_goes_on_to_the_same_bits(data, tm
     (newest.parent / "step-000099.safetensors").write_bytes(newest.read_bytes()[:-10])
     assert train(request, tmp_path / "broken", callback=stop).digest == unbroken.digest
     assert seen == [1, *range(1, 4), *range(3, 7), *range(7, 10)]
+
+
+def test_a_job_that_was_killed_before_it_could_say_that_it_is_done_does_not_train_again(data, tmp_path):
+    request = request_for(data)
+    done = train(request, tmp_path)
+    state = JobFile.read(tmp_path)
+    state.but(status="running", digest=None, facts={}).write(tmp_path)
+    assert PeftBackend().poll(state.job, tmp_path).status == "failed"
+    assert train(request, tmp_path, callback=lambda _: pytest.fail("trained again")) == done
+    assert JobFile.read(tmp_path).but(started=state.started) == state
 
 
 def test_nothing_that_training_writes_is_pickle_and_random_states_are_left_alone(data, tmp_path, monkeypatch):

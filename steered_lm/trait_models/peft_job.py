@@ -5,6 +5,7 @@ A folder holds ``request.json``, ``state.json``, ``job.lock``, ``log.txt``, ``ch
 """
 
 import argparse
+import json
 import logging
 import os
 import shutil
@@ -152,7 +153,6 @@ def prepare(request: TrainRequest, folder: Path) -> JobFile:
             f"folder {str(folder)!r} holds the job {earlier.job}, and this request is {job}. Give each request a folder of its own."
         )
     if earlier is not None and intact(earlier, folder):
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # it may have been killed just before it did that
         return earlier
     write_atomic(folder / "request.json", request.model_dump_json(indent=1) + "\n")
     state = JobFile(job=job, status="queued", step=earlier.step if earlier else 0, steps=earlier.steps if earlier else None)
@@ -162,8 +162,12 @@ def prepare(request: TrainRequest, folder: Path) -> JobFile:
 
 def intact(state: JobFile, folder: Path) -> bool:
     """Return whether a job succeeded and its adapter is still what it wrote."""
+    return state.status == "succeeded" and _adapter_is(folder, state.digest)
+
+
+def _adapter_is(folder: Path, digest: str | None) -> bool:
     weights = folder / "adapter" / "adapter_model.safetensors"
-    return state.status == "succeeded" and weights.is_file() and file_hash(weights) == state.digest
+    return weights.is_file() and file_hash(weights) == digest
 
 
 def trained_model(request: TrainRequest, state: JobFile, folder: Path) -> TrainedModel:
@@ -213,15 +217,23 @@ def work(request: TrainRequest, folder: Path, state: JobFile, callback: "Callabl
             callback(progress)
 
     try:
-        fitted = _fit(request, folder, state.job, tell)
+        digest, facts = _finished(folder, state.job) or _fit(request, folder, state.job, tell)
     except Exception as error:
         said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}; see {folder / 'log.txt'}"
         state.but(status="failed", error=said).write(folder)
         raise
-    state = state.but(status="succeeded", digest=fitted.digest, facts=fitted.facts)
-    state.write(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    # last: whoever reads it may do with the folder what they like
+    state = state.but(status="succeeded", digest=digest, facts=facts, step=facts["steps"], steps=facts["steps"], loss=facts["loss"])
+    state.write(folder)
     return state
+
+
+def _finished(folder: Path, job: str) -> tuple[str, dict[str, Any]] | None:
+    """Return digest and facts of a training that ended and was killed before it could say so."""
+    path = folder / "training.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return (record["digest"], record["facts"]) if record.get("job") == job and _adapter_is(folder, record["digest"]) else None
 
 
 def _fit(request: TrainRequest, folder: Path, job: str, tell: "Callable[[Progress], None]") -> "Fitted":

@@ -221,7 +221,7 @@ class Trainer:
         }
         if self.steering.sites:
             facts["steered_layers"] = sorted(self.steering.sites)
-        write_atomic(self.folder / "training.json", canonical_json({"digest": digest, **facts, "losses": self.losses}) + "\n")
+        write_atomic(self.folder / "training.json", canonical_json({"job": self.job, "digest": digest, "facts": facts, "losses": self.losses}) + "\n")
         return Fitted(digest, facts)
 
 
