@@ -30,6 +30,11 @@ def render_chat(tokenizer: Any, messages: Sequence[Message], *, prompt_format: P
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], template_args: Mapping[str, Any]) -> str:
+    return str(tokenizer.apply_chat_template(folded(tokenizer, messages), tokenize=False, add_generation_prompt=True, **template_args))
+
+
+def folded(tokenizer: Any, messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Return messages as the chat template takes them: where it has no system turn, that text goes in front of the first user turn."""
     plain = [dict(m) for m in messages]
     if plain and plain[0]["role"] == "system" and not supports_system_turn(tokenizer):
         system, plain = plain[0]["content"], plain[1:]
@@ -37,7 +42,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], template_args: Mapping[
             plain[0]["content"] = f"{system}\n\n{plain[0]['content']}"
         else:
             plain.insert(0, {"role": "user", "content": system})
-    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **template_args))
+    return plain
 
 
 def supports_system_turn(tokenizer: Any) -> bool:

@@ -258,6 +258,26 @@ def spearman_interval(x: Values, y: Values, *, confidence: float = 0.95) -> Esti
     return Estimate(value=rho, low=math.tanh(math.atanh(rho) - half), high=math.tanh(math.atanh(rho) + half), n=n, missing=missing, method=method)
 
 
+def pearson_interval(x: Values, y: Values, *, confidence: float = 0.95) -> Estimate:
+    """Return Pearson's correlation with Fisher's z interval, whose standard error is ``1 / sqrt(n - 3)``; it takes both sides as normal.
+
+    Raises:
+        UserError: when the lengths differ, a value is infinite, or the confidence is not in (0, 1).
+    """
+    first, second, missing = _shared(x, y)
+    z = float(stats.norm.ppf(0.5 + _checked(confidence) / 2.0))
+    n, method = len(first), "Pearson's r, Fisher's z interval"
+    if n < 2 or np.ptp(first) == 0.0 or np.ptp(second) == 0.0:
+        return Estimate(value=None, n=n, missing=missing, method=method, reason="a correlation needs two items and values that differ")
+    r = float(stats.pearsonr(first, second).statistic)
+    if n < 4:
+        return Estimate(value=r, n=n, missing=missing, method=method, reason=f"{n} items are too few for an interval; 4 are needed")
+    if abs(r) >= 1.0 - 1e-12:
+        return Estimate(value=r, n=n, missing=missing, method=method, reason="the values lie on a line, which leaves no spread")
+    half = z / math.sqrt(n - 3)
+    return Estimate(value=r, low=math.tanh(math.atanh(r) - half), high=math.tanh(math.atanh(r) + half), n=n, missing=missing, method=method)
+
+
 def _checked(confidence: float) -> float:
     if not 0.0 < confidence < 1.0:
         raise UserError(f"confidence={confidence} is not a level. Allowed: between 0 and 1, such as 0.95.")

@@ -22,8 +22,14 @@ from environments import REPOSITORY, install_into, make_environment, run
 INSTALLED = {"test_autoload", "test_packaging", "test_stock_commands"}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each file's tests on one worker (``--dist loadgroup``): its fixtures are then made once."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep each file's tests on one worker (``--dist loadgroup``): its fixtures are then made once. GPU tests need a GPU."""
+    if accelerated := [item for item in items if item.get_closest_marker("gpu")]:
+        import torch
+
+        if not torch.cuda.is_available():
+            config.hook.pytest_deselected(items=accelerated)
+            items[:] = [item for item in items if item not in accelerated]
     for item in items:
         item.add_marker(pytest.mark.xdist_group("installed" if item.path.stem in INSTALLED else item.path.stem))
 

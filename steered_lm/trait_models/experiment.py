@@ -58,8 +58,10 @@ class TrainingSteering(Config):
         found = SteeringSpec.load(self.spec)
         if self.method == "preventative":
             return found
-        # the whole span, whatever strength the spec has for inference
-        return SteeringSpec.model_validate({**found.model_dump(), "operation": "ablate", "alpha": 1.0})
+        # the whole span at every site, whatever operation and strength the spec has for inference
+        whole = {"operation": "ablate", "alpha": 1.0}
+        sites = [site.model_dump() | whole for site in found.sites]
+        return SteeringSpec.model_validate({**found.model_dump(), **whole, "sites": sites})
 
 
 class Hyperparameters(Config):
