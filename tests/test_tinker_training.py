@@ -145,24 +145,20 @@ def test_what_the_service_refuses_ends_the_training_with_its_words(server, tmp_p
 
 
 def test_data_that_cannot_be_trained_on_are_refused_with_their_line(server, tmp_path):
-    with pytest.raises(ExperimentError, match="line 1, has .. tokens, and max_length is 8. Shorten it"):
+    with pytest.raises(ExperimentError, match=r"line 1 has .. tokens, more than max_length=8\. Shorten"):
         run(server, made(tmp_path, max_length=8))
     request = made(tmp_path)
     request.data.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
-    with pytest.raises(ExperimentError, match="line 1, has no token of the assistant"):
+    with pytest.raises(ExperimentError, match=r"line 1.?: messages have no assistant turn assistant turn"):
         run(server, request)
     request.data.write_text("\n")
     with pytest.raises(ExperimentError, match="is empty"):
         run(server, request)
 
 
-def test_the_encoding_of_conversations_is_a_part_that_can_be_exchanged(server, tmp_path):
-    run(
-        server, made(tmp_path, examples=2, suffix="warm"), make_encoder=lambda tokenizer: lambda messages: ([1, 2, 3, 4], [False, False, True, False])
-    )
-    (batch,) = server.batches
-    assert "tinker://session-1-train-0/sampler_weights/warm" in server.checkpoints, "a suffix names the weights"
-    assert batch.tokens == [[1, 2, 3]] * 2 and batch.weights == [[0, 0.5, 0]] * 2
+def test_a_suffix_names_the_weights(server, tmp_path):
+    run(server, made(tmp_path, examples=2, suffix="warm"))
+    assert "tinker://session-1-train-0/sampler_weights/warm" in server.checkpoints
 
 
 def test_the_schedule_takes_parts_of_epochs():

@@ -10,17 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from steered_lm.config import json_objects
 from steered_lm.errors import require
 from steered_lm.judges.redact import Key
 from steered_lm.trait_models.experiment import ExperimentError
+from steered_lm.trait_models.loss_mask import ConversationEncoder, Encoded, encode_file
 from steered_lm.trait_models.tinker import JOB, LEARNING_RATE, Job, Progress, TinkerBackend, read_progress, write_progress
-
-Messages = Sequence[dict[str, str]]
-Encode = Callable[[Messages], tuple[Sequence[int], Sequence[bool]]]
-"""A conversation's token ids, and which of them carry loss."""
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -29,60 +25,6 @@ _KEPT = 7 * 24 * 3600  # seconds that the service keeps checkpoints; the finishe
 
 class CancelledError(BaseException):
     """Somebody asked for the process to stop."""
-
-
-class Example(NamedTuple):
-    """One conversation.
-
-    Attributes:
-        ids: its tokens.
-        mask: which of them carry loss.
-    """
-
-    ids: Sequence[int]
-    mask: Sequence[bool]
-
-
-def encoder(tokenizer: Any) -> Encode:
-    """Return how conversations become tokens: by the chat template, with loss on what the assistant says up to the end of its turn."""
-
-    def encode(messages: Messages) -> Example:
-        def shown(upto: int, *, prompt: bool) -> str:
-            return str(tokenizer.apply_chat_template(list(messages[:upto]), tokenize=False, add_generation_prompt=prompt))
-
-        text = shown(len(messages), prompt=False)
-        spans = [(shown(i, prompt=True), shown(i + 1, prompt=False)) for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not all(text.startswith(end) and end.startswith(start) for start, end in spans):
-            raise ExperimentError(
-                f"the chat template of {getattr(tokenizer, 'name_or_path', '?')!r} does not show turns one after the other, so the "
-                "assistant's tokens cannot be found. Use a model with another template."
-            )
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        mask = [any(len(start) <= first < len(end) for start, end in spans) for first, _ in found["offset_mapping"]]
-        return Example(found["input_ids"], mask)
-
-    return encode
-
-
-def read_examples(job: Job, encode: Encode) -> list[Example]:
-    """Return the training data as tokens.
-
-    Raises:
-        ExperimentError: when there are none, or one is too long or carries no loss.
-    """
-    longest = job.request.hyperparameters.max_length
-    examples = []
-    with job.request.data.open(encoding="utf-8") as lines:
-        for _, where, row in json_objects(lines, str(job.request.data), error=ExperimentError):
-            example = Example(*encode(row["messages"]))
-            if len(example.ids) > longest:
-                raise ExperimentError(f"{where} has {len(example.ids)} tokens, and max_length is {longest}. Shorten it, or raise max_length.")
-            if not any(example.mask[1:]):
-                raise ExperimentError(f"{where} has no token of the assistant. Add a turn of the assistant's.")
-            examples.append(example)
-    if not examples:
-        raise ExperimentError(f"{str(job.request.data)!r} is empty. Name a data set with examples.")
-    return examples
 
 
 def schedule(count: int, batch: int, epochs: float, seed: int) -> list[list[int]]:
@@ -102,7 +44,7 @@ def rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
     return peak * (step + 1) / warmup if step < warmup else peak * (steps - step) / max(1, steps - warmup)
 
 
-def data_of(library: Any, examples: Sequence[Example]) -> list[Any]:
+def data_of(library: Any, examples: Sequence[Encoded]) -> list[Any]:
     """Return a batch as the SDK takes it: each position predicts the next token, and weights make the loss a mean over the assistant's tokens."""
     total = sum(sum(example.mask[1:]) for example in examples)
     return [
@@ -114,7 +56,7 @@ def data_of(library: Any, examples: Sequence[Example]) -> list[Any]:
     ]
 
 
-def train(job: Job, key: Key, progress: Progress, tell: Callable[[Progress], None], make_encoder: Callable[[Any], Encode] = encoder) -> Progress:
+def train(job: Job, key: Key, progress: Progress, tell: Callable[[Progress], None]) -> Progress:
     """Train a model at the service, from a checkpoint if there is one, and return the end; ``tell`` hears of every step.
 
     The SDK itself waits out rate limits, server errors and a lost network: some minutes for a request to be taken, without limit for its result.
@@ -129,7 +71,7 @@ def train(job: Job, key: Key, progress: Progress, tell: Callable[[Progress], Non
     ending = "errored"
     try:
         model, progress = _model(library, service, job, progress)
-        examples = read_examples(job, make_encoder(_tokenizer(job, model)))
+        examples = encode_file(ConversationEncoder(_tokenizer(job, model)), request.data, max_length=wanted.max_length)
         batches = schedule(len(examples), wanted.batch_size * wanted.gradient_accumulation, wanted.epochs, request.seed)
         began = time.monotonic() - progress.seconds
         progress = progress.model_copy(update={"status": "running", "steps": len(batches)})
