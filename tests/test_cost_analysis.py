@@ -300,3 +300,52 @@ def test_two_arms_of_one_value_and_measures_of_one_name_are_refused() -> None:
         small(accuracy(unsteered=right(3)), accuracy(unsteered=right(3)))
     with pytest.raises(ValidationError, match="matrix of side effects"):
         small(arms=(CostArm(name=UNSTEERED), CostArm(name="b", series="a", trait="evil")))
+
+
+# ------------------------------------------------------------------------------------------------ at equal strength of a trait
+
+
+def with_others() -> CostData:
+    """Three steered arms with trait scores 20, 50, 80, and two that are not steered with 52 and 99."""
+    steered = [CostArm(name=f"a{x}", series="s", x=x, digest="0") for x in (1.0, 2.0, 3.0)]
+    others = [CostArm(name=name, series=name) for name in ("trained", "prompted")]
+    means = {UNSTEERED: 10.0, "a1.0": 20.0, "a2.0": 50.0, "a3.0": 80.0, "trained": 52.0, "prompted": 99.0}
+    spread = (-1.0, 0.0, 1.0) * 4
+    right = {UNSTEERED: 20, "a1.0": 20, "a2.0": 14, "a3.0": 6, "trained": 20, "prompted": 18}
+    nats = {name: tuple(10.0 + i * 0.1 + extra for i in range(8)) for name, extra in {UNSTEERED: 0.0, "a2.0": 5.0, "trained": 1.0}.items()}
+    measures = (
+        Measure(
+            name="trait", role="benefit", kind="score", higher_is_better=None, scale=(0.0, 100.0), trait="t", items=tuple("abcdefghijkl"),
+            values={name: tuple(mean + d for d in spread) for name, mean in means.items()},
+        ),
+        Measure(
+            name="knowledge", role="cost", kind="accuracy", items=tuple(map(str, range(20))),
+            values={name: tuple(float(i < count) for i in range(20)) for name, count in right.items()},
+        ),
+        Measure(
+            name="perplexity", role="cost", kind="tokens", higher_is_better=False, exponentiate=True,
+            items=tuple(map(str, range(8))), tokens=(10,) * 8,
+            values=nats,
+        ),
+    )  # fmt: skip
+    return CostData(title="t", model=ModelInfo(name="m"), axis="alpha", arms=(CostArm(name=UNSTEERED), *steered, *others), measures=measures)
+
+
+def test_what_is_not_steered_is_compared_at_the_nearest_score_of_the_trait():
+    trained, prompted = analyse_cost(with_others()).matches
+    assert (trained.arm, trained.steered, trained.near, trained.gap.difference.mean) == ("trained", "a2.0", True, pytest.approx(-2.0))
+    assert (prompted.arm, prompted.steered, prompted.near) == ("prompted", "a3.0", False), "80 is no equal of 99"
+    knowledge, perplexity = trained.costs
+    assert knowledge.difference.mean == pytest.approx(-6 / 20)
+    assert knowledge.difference.p_value == pytest.approx(2 * 0.5**6), "six answers were lost and none gained"
+    assert perplexity.shown.value == pytest.approx(math.exp(0.4))
+    assert [change.measure for change in prompted.costs] == ["knowledge"], "a text has no system turn"
+    p_values = sorted(change.difference.p_value for match in (trained, prompted) for change in match.costs)
+    smallest = min((change for match in (trained, prompted) for change in match.costs), key=lambda change: change.difference.p_value)
+    assert smallest.p_holm == pytest.approx(min(1.0, 3 * p_values[0]))
+
+
+def test_without_arms_that_are_not_steered_there_is_nothing_to_match():
+    data = with_others()
+    alone = data.model_copy(update={"arms": data.arms[:4]})
+    assert analyse_cost(alone).matches == ()

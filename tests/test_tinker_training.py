@@ -149,7 +149,7 @@ def test_data_that_cannot_be_trained_on_are_refused_with_their_line(server, tmp_
         run(server, made(tmp_path, max_length=8))
     request = made(tmp_path)
     request.data.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
-    with pytest.raises(ExperimentError, match=r"line 1.?: messages have no assistant turn assistant turn"):
+    with pytest.raises(ExperimentError, match=r"line 1.?: messages have no assistant turn"):
         run(server, request)
     request.data.write_text("\n")
     with pytest.raises(ExperimentError, match="is empty"):

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 from steered_lm.config import Config
-from steered_lm.measure.means import TokenMean, exponentiated
+from steered_lm.measure.means import exponentiated
 from steered_lm.report.cost_data import UNSTEERED, CostArm, CostData, Measure
-from steered_lm.report.cost_reach import Reach, Seen, limit_of, loss_bound, ratio, reaches, width
-from steered_lm.stats import Estimate, PairedDifference, holm, mcnemar_paired, mean_interval, paired_difference, share_interval
-
-Unit = Literal["points", "times", "nats a token", ""]
+from steered_lm.report.cost_difference import Change, change_of, difference_of, in_unit, token_mean, unit_of
+from steered_lm.report.cost_match import Match, matches
+from steered_lm.report.cost_reach import Reach, Seen, limit_of, loss_bound, reaches, width
+from steered_lm.stats import Estimate, PairedDifference, holm, mean_interval, share_interval
 
 
 class Level(Config):
@@ -19,49 +18,6 @@ class Level(Config):
     arm: str
     measure: str
     level: Estimate
-
-
-class Shown(Config):
-    """A difference as a reader sees it.
-
-    Attributes:
-        unit: ``points`` of a hundred (shares, and scales of 0-1 and 0-100), ``times`` the unsteered perplexity, ``nats a token``, or the score's own.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    unit: Unit
-
-
-class Change(Config):
-    """One arm minus the unsteered model on one measure.
-
-    Attributes:
-        difference: of means; of measures of kind ``tokens`` in nats a token.
-        p_holm: corrected over all changes of measures of the same role; of the matrix, over the matrix; of subjects, over the measure's.
-        shown: the difference in a reader's unit; None where there is none.
-        of_100: the mean difference in hundredths of the measure's scale; None where there is no scale.
-        bound: of costs, the most that may have been lost, in the tolerance's own unit and with the worst assumed of what steering made missing;
-            None where nobody knows.
-        group: the subject that it is about alone; None for the whole measure.
-        level: of a subject, the arm's level on it; else None, and ``CostAnalysis.levels`` has it.
-    """
-
-    arm: str
-    measure: str
-    difference: PairedDifference
-    p_holm: float | None
-    shown: Shown | None
-    of_100: float | None
-    bound: float | None = None
-    group: str | None = None
-    level: Estimate | None = None
-
-    @property
-    def established(self) -> bool:
-        """Whether there is a change by its corrected p-value, at the page's level."""
-        return self.p_holm is not None and self.p_holm <= 1.0 - self.difference.confidence + 1e-12
 
 
 class GroupLevel(Config):
@@ -97,6 +53,7 @@ class CostAnalysis(Config):
     margins: tuple[Margin, ...] = ()
     groups: tuple[Change, ...] = ()
     group_levels: tuple[GroupLevel, ...] = ()
+    matches: tuple[Match, ...] = ()
 
     def level(self, arm: str, measure: str) -> Estimate | None:
         """Return an arm's level on a measure, None where it was not measured."""
@@ -142,12 +99,8 @@ def analyse_cost(data: CostData) -> CostAnalysis:
             for m in grouped
             for g in dict.fromkeys(m.groups)
         ),
+        matches=tuple(matches(data)),
     )
-
-
-def token_mean(measure: Measure, arm: str) -> TokenMean:
-    """Return an arm's mean over tokens."""
-    return TokenMean(items=measure.items, totals=measure.values[arm], tokens=measure.tokens)
 
 
 def _level(measure: Measure, arm: str, confidence: float) -> Estimate:
@@ -163,18 +116,18 @@ def _level(measure: Measure, arm: str, confidence: float) -> Estimate:
 
 def _changes(data: CostData, measures: Sequence[Measure], arms: Sequence[CostArm]) -> list[Change]:
     pairs = [(arm.name, measure) for measure in measures for arm in arms if arm.name in measure.values]
-    found = [_difference(measure, arm, data) for arm, measure in pairs]
+    found = [difference_of(measure, arm, data) for arm, measure in pairs]
     corrected = holm([difference.p_value for difference in found])
-    return [_change(measure, arm, difference, p) for (arm, measure), difference, p in zip(pairs, found, corrected, strict=True)]
+    return [change_of(measure, arm, difference, p) for (arm, measure), difference, p in zip(pairs, found, corrected, strict=True)]
 
 
 def _group_changes(data: CostData, measure: Measure, arms: Sequence[CostArm]) -> list[Change]:
     parts = {group: _only(measure, group) for group in dict.fromkeys(measure.groups)}
     pairs = [(arm.name, group) for arm in arms if arm.name in measure.values for group in parts]
-    found = [_difference(parts[group], arm, data) for arm, group in pairs]
+    found = [difference_of(parts[group], arm, data) for arm, group in pairs]
     corrected = holm([difference.p_value for difference in found])
     return [
-        _change(parts[group], arm, d, p).model_copy(update={"group": group, "level": _level(parts[group], arm, data.confidence)})
+        change_of(parts[group], arm, d, p).model_copy(update={"group": group, "level": _level(parts[group], arm, data.confidence)})
         for (arm, group), d, p in zip(pairs, found, corrected, strict=True)
     ]
 
@@ -192,40 +145,10 @@ def _only(measure: Measure, group: str) -> Measure:
     )
 
 
-def _change(measure: Measure, arm: str, difference: PairedDifference, p_holm: float | None) -> Change:
-    scale = width(measure)
-    of_100 = None if scale is None or difference.mean is None else 100.0 * difference.mean / scale
-    return Change(arm=arm, measure=measure.name, difference=difference, p_holm=p_holm, shown=shown(measure, difference), of_100=of_100)
-
-
 def _bounded(data: CostData, change: Change, seen: Seen) -> Change:
     measure = next(m for m in data.measures if m.name == change.measure)
     bound = loss_bound(measure, seen.filled) if measure.role == "cost" else None
     return change.model_copy(update={"bound": None if bound is None or math.isinf(bound) else bound})
-
-
-def shown(measure: Measure, difference: PairedDifference) -> Shown | None:
-    """Return a difference in the unit in which a reader sees it; None where there is none, or a perplexity's ratio is too large to write."""
-    if difference.mean is None:
-        return None
-    unit = unit_of(measure)
-    value, low, high = (None if end is None else _in_unit(measure, unit, end) for end in (difference.mean, difference.low, difference.high))
-    if value is None or math.isinf(value) or (high is not None and math.isinf(high)):
-        return None
-    return Shown(value=value, low=low, high=high, unit=unit)
-
-
-def _in_unit(measure: Measure, unit: Unit, difference: float) -> float:
-    if unit == "times":
-        return ratio(difference)
-    return 100.0 * difference if unit == "points" and width(measure) == 1.0 else difference
-
-
-def unit_of(measure: Measure) -> Unit:
-    """Return the unit in which a measure's changes are shown."""
-    if measure.kind == "tokens":
-        return "times" if measure.exponentiate else "nats a token"
-    return "points" if measure.kind == "accuracy" or measure.scale in ((0.0, 1.0), (0.0, 100.0)) else ""
 
 
 def _margin(data: CostData, measure: Measure, unsteered: float | None) -> Margin:
@@ -233,17 +156,8 @@ def _margin(data: CostData, measure: Measure, unsteered: float | None) -> Margin
     loss = worse * limit * (width(measure) or 1.0)
     level = None if unsteered is None else unsteered * (1.0 + limit) if measure.exponentiate else unsteered + loss
     return Margin(
-        measure=measure.name, limit=limit, level=level, shown=1.0 + limit if measure.exponentiate else _in_unit(measure, unit_of(measure), loss)
+        measure=measure.name, limit=limit, level=level, shown=1.0 + limit if measure.exponentiate else in_unit(measure, unit_of(measure), loss)
     )
-
-
-def _difference(measure: Measure, arm: str, data: CostData) -> PairedDifference:
-    if measure.kind == "tokens":
-        return token_mean(measure, arm).minus(token_mean(measure, UNSTEERED), confidence=data.confidence, seed=data.seed)
-    steered, unsteered = measure.values[arm], measure.values[UNSTEERED]
-    if measure.kind == "accuracy":
-        return mcnemar_paired(steered, unsteered, confidence=data.confidence)
-    return paired_difference(steered, unsteered, confidence=data.confidence, seed=data.seed)
 
 
 def _worst_case(data: CostData, change: Change) -> PairedDifference:
@@ -254,4 +168,4 @@ def _worst_case(data: CostData, change: Change) -> PairedDifference:
     low, high = measure.scale or (0.0, 1.0)
     worst = low if measure.higher_is_better else high
     filled = tuple(worst if value is None else value for value in measure.values[change.arm])
-    return _difference(measure.model_copy(update={"values": measure.values | {change.arm: filled}}), change.arm, data)
+    return difference_of(measure.model_copy(update={"values": measure.values | {change.arm: filled}}), change.arm, data)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from steered_lm.report.cost_analysis import CostAnalysis, Shown, unit_of
+from steered_lm.report.cost_analysis import CostAnalysis
 from steered_lm.report.cost_data import UNSTEERED, CostArm, CostData, Measure
+from steered_lm.report.cost_difference import Shown, unit_of
 from steered_lm.report.cost_matrix import side_effects
 from steered_lm.report.cost_reach import ordered
 from steered_lm.report.figures import CYCLE, GREEN, GREY, ZERO, Figure, Json, draw_bars, height_for, label, name_rows, style_axis, style_layout

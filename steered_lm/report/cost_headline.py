@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from steered_lm.report.cost_analysis import Change, CostAnalysis, Shown, unit_of
+from steered_lm.report.cost_analysis import CostAnalysis
 from steered_lm.report.cost_data import CostArm, CostData, Measure
+from steered_lm.report.cost_difference import Change, Shown, unit_of
 from steered_lm.report.cost_reach import ALL, Reach, limit_of, ordered
 from steered_lm.report.headline import Headline, Sentence, Tone
 from steered_lm.report.wording import count, p_value, percent, plain, setting, signed

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from pydantic import JsonValue
 
-from steered_lm.report.cost_analysis import Change, CostAnalysis
+from steered_lm.report.cost_analysis import CostAnalysis
 from steered_lm.report.cost_data import CostArm, CostData, Measure
+from steered_lm.report.cost_difference import Change
 from steered_lm.report.figures import Figure, Json, height_for, label, style_axis, style_layout
 from steered_lm.report.wording import signed
 

@@ -10,8 +10,9 @@ from plotly.offline import get_plotlyjs
 
 from steered_lm.config import Config, write_atomic
 from steered_lm.report import cost_headline
-from steered_lm.report.cost_analysis import Change, CostAnalysis, analyse_cost, unit_of
+from steered_lm.report.cost_analysis import CostAnalysis, analyse_cost
 from steered_lm.report.cost_data import UNSTEERED, CostArm, CostData, Measure, load_cost
+from steered_lm.report.cost_difference import Change, unit_of
 from steered_lm.report.cost_figures import cost_figures
 from steered_lm.report.cost_matrix import matrix_axes, side_names
 from steered_lm.report.headline import Headline
