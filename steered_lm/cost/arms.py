@@ -100,8 +100,9 @@ def prompted_arm(system: str) -> Arm:
 
 
 def trained_arm(adapter: Path) -> Arm:
-    """Return the arm of a model that was trained: an adapter's folder, without steering."""
-    return Arm(CostArm(name=f"trained: {adapter.name}", series=f"trained: {adapter.name}", settings={"adapter": adapter.name}))
+    """Return the arm of a model that was trained: an adapter's folder, or the folder of a job with one, without steering."""
+    name = adapter.resolve().parent.name if adapter.name == "adapter" else adapter.name
+    return Arm(CostArm(name=f"trained: {name}", series=f"trained: {name}", settings={"adapter": str(adapter)}))
 
 
 def _swept(sweep: Sweep, spec: SteeringSpec, value: float, kl: float | None, at_kl: AtKl) -> SteeringSpec:

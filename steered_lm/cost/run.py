@@ -52,6 +52,8 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     sweeps = {name: None if config.sweep is None else Sweep.of_text(config.sweep, spec) for name, spec in specs.items()}
     plans = _plans(config)
     adapters = {folder: adapter_digest(folder) for folder in config.peft}
+    trained = [trained_arm(folder) for folder in adapters]
+    _distinct("peft", [arm.name for arm in trained])
     lm = load_lm(config.model)
     for spec in specs.values():
         lm.steerer.compile(spec)
@@ -67,7 +69,6 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     counter = _Counter(progress, (1 + len(adapters)) * (sum(len(one.tasks) for one in loaded) + (base.text is not None)))
     results = _measured(base, loaded, arms, counter)
     info = _model_info(config, base)
-    trained = [trained_arm(folder) for folder in adapters]
     for arm, (folder, digest) in zip(trained, adapters.items(), strict=True):
         model = load_lm(config.model, peft=str(folder))
         more = _measured(Measuring(config, model, cells, base.text, adapter=digest), loaded, [arm], counter)
@@ -150,10 +151,14 @@ def _plans(config: CostConfig) -> list[Planned]:
     plans += [plan_trait(trait) for trait in config.traits]
     if config.persona is not None:
         plans.append(plan_task("persona_judge"))
-    repeated = [name for name, count in Counter(plan.name for plan in plans).items() if count > 1]
-    if repeated:
-        raise UserError(f"{repeated[0]!r} is asked for twice. Name each task and trait once.")
+    _distinct("tasks and traits", [plan.name for plan in plans])
     return plans
+
+
+def _distinct(what: str, names: Sequence[str]) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise UserError(f"{what}: {repeated[0]!r} is asked for twice. Name each once.")
 
 
 def _metadata(config: CostConfig, plan: Planned) -> dict[str, Any]:
