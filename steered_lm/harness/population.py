@@ -101,7 +101,7 @@ class HarnessObjective:
         task = self._task(split)
         report, started = self.lm.engine.report, perf_counter()
         prompt, decode, model = report.prompt_seconds, report.decode_seconds, self.lm.seconds
-        with _seeded(self.lm, self.seed), self._judging(task) as stream:
+        with seeded(self.lm, self.seed), self._judging(task) as stream:
             _evaluate(self.lm, [task], candidates)
         decoded = self.lm.seconds - model if self.lm.exact else report.decode_seconds - decode
         hidden = stream.busy_seconds - stream.waited_seconds if stream else 0.0
@@ -198,12 +198,12 @@ def _evaluate(lm: SteeredHFLM, tasks: Sequence[ChatTask], candidates: Sequence[C
         raise RunError("candidates is empty; give at least one.")
     for task in tasks:
         task.candidates = tuple(candidates)
-    with _quiet(lm):
+    with quiet(lm):
         evaluate(lm, {"tasks": {task.task_name: task for task in tasks}}, bootstrap_iters=0, log_samples=False)
 
 
 @contextmanager
-def _seeded(lm: SteeredHFLM, seed: int) -> Iterator[None]:
+def seeded(lm: SteeredHFLM, seed: int) -> Iterator[None]:
     """Sample from a seed of our own and give torch's generators back as they were."""
     devices = [lm.device.index or 0] if lm.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -212,7 +212,7 @@ def _seeded(lm: SteeredHFLM, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(lm: SteeredHFLM) -> Iterator[None]:
+def quiet(lm: SteeredHFLM) -> Iterator[None]:
     """Leave out lm-eval's progress bars and notices, of which a search would see several a generation."""
     theirs = logging.getLogger("lm_eval")
     level, quiet = theirs.level, lm.quiet
