@@ -27,8 +27,8 @@ def trait_task(run: TraitRun, judge_options: dict[str, Any]) -> TraitTask:
 
 def load_model(pretrained: str, peft: str | None = None, device: str | None = None) -> SteeredHFLM:
     """Return a model, with its adapter, as ``steered-hf`` runs it."""
-    given = {"pretrained": pretrained, "peft": peft, "device": device, "batch_size": "auto"}
-    return SteeredHFLM(**{name: value for name, value in given.items() if value is not None})
+    adapter: dict[str, Any] = {} if peft is None else {"peft": peft}
+    return SteeredHFLM(pretrained, device=device, batch_size="auto", **adapter)
 
 
 def judged_items(lm: SteeredHFLM, task: TraitTask, *, limit: int | None = None, seed: int = 0) -> list[JudgedItem]:

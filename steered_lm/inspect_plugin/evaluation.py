@@ -42,7 +42,7 @@ def judged_items(
     """
     settings = run.model_dump(mode="json", exclude={"trait", "max_gen_toks"}, exclude_none=True)
     options = {**settings, "max_tokens": run.max_gen_toks, **{f"judge_{name}": value for name, value in judge_options.items()}}
-    drawn = {"seed": seed} if run.heat else {}  # not every service takes a seed, and greedy replies need none
+    drawn: dict[str, Any] = {"seed": seed} if run.heat else {}  # not every service takes a seed, and greedy replies need none
     (log,) = inspect_eval(
         pv_trait(trait=run.trait, **options), model=model, model_args=dict(model_args), log_dir=str(log_dir), display="none", limit=limit, **drawn
     )

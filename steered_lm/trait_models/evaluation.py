@@ -41,11 +41,9 @@ def detection_tasks(evaluation: Evaluation) -> list[DetectionTask]:
         TraitError: when a trait is unknown (with near misses) or an option does not fit.
         ExperimentError: when two are the same.
     """
-    reserved = [name for name in ("trait", "judge", *(key for key in evaluation.metadata if key.startswith("judge_"))) if name in evaluation.metadata]
-    if reserved:
-        raise ExperimentError(
-            f"evaluation.metadata holds {reserved[0]!r}. Write it as evaluation.tasks, evaluation.judge or evaluation.judge_options."
-        )
+    for name in evaluation.metadata:
+        if name in ("trait", "judge") or name.startswith("judge_"):
+            raise ExperimentError(f"evaluation.metadata holds {name!r}. Write it as evaluation.tasks, evaluation.judge or evaluation.judge_options.")
     found = []
     for name in evaluation.tasks:
         given = {"trait": name.removeprefix(_PREFIX), "judge": evaluation.judge, **evaluation.metadata}

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from pydantic import Field
+
 from steered_lm.config import Config
 from steered_lm.stats import Estimate, PairedDifference, holm, mean_interval, paired_difference
 from steered_lm.trait_models.evaluation import Record
@@ -26,7 +28,8 @@ class Cell(Config):
         refusals: responses that decline to answer.
         missing: responses without a verdict for another reason.
         coherence_missing: responses without a verdict on coherence.
-        change: score minus that of the baseline model of the same trait, question by question; None for a baseline, and where there is not exactly one.
+        change: score minus that of the baseline model of the same trait, question by question; None for a baseline, and where there is not
+            exactly one.
         p_holm: its p-value, corrected for all changes of the experiment.
         items: the questions' names.
         scores: their scores in order.
@@ -48,7 +51,7 @@ class Cell(Config):
     p_holm: float | None = None
     items: tuple[str, ...] = ()
     scores: tuple[float | None, ...] = ()
-    judges: dict[str, str] = {}
+    judges: dict[str, str] = Field(default_factory=dict)
     dummy: bool = False
     reason: str | None = None
 

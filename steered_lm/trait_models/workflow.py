@@ -145,7 +145,7 @@ def evaluate(
 
     ready: list[tuple[TraitModel, TrainedModel, list[tuple[DetectionTask, Step]]]] = []
     for planned, state in zip(jobs.all, jobs.states(), strict=True):
-        reason = _unready(state) or harness.refuses(state.trained)
+        reason = _unready(state) if state.trained is None else harness.refuses(state.trained)
         if state.trained is None or reason is not None:
             for task in tasks:
                 tell(EvaluationState(planned.model, task.name, "skipped", reason))
@@ -181,9 +181,7 @@ def _measure(
                 yield EvaluationState(model, task.name, "finished")
 
 
-def _unready(state: ModelState) -> str | None:
-    if state.group == "succeeded":
-        return None
+def _unready(state: ModelState) -> str:
     return f"{state.group}: {state.error}" if state.error else state.group
 
 
