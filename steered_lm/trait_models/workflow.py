@@ -46,7 +46,9 @@ def train(
     jobs.check()
     states = jobs.states()
     missing = {state.model.name for state in states if state.group in ("failed", "not submitted")}
-    waiting = {t.step.folder: (t, t.step.attempts) for t in jobs.all if t.model.name in missing}
+    # of models that share a step, the first one names the job
+    waiting = {planned.step.folder: (planned, planned.step.attempts) for planned in reversed(jobs.all) if planned.model.name in missing}
+    waiting = dict(reversed(waiting.items()))
     limit = experiment.training.parallel or jobs.backend.parallel
     pause = _PAUSE[0]
     while True:
