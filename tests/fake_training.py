@@ -126,7 +126,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def write_experiment(
-    folder: Path, models: dict[str, tuple[str, str]], *, evaluation: dict[str, Any] | None = None, options: dict[str, Any] | None = None, **training: Any
+    folder: Path,
+    models: dict[str, tuple[str, str]],
+    *,
+    evaluation: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    **training: Any,
 ) -> Path:
     """Write data sets and an experiment's file; ``models`` maps names to trait and strength."""
     data = folder / "data"

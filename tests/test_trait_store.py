@@ -167,4 +167,3 @@ def test_a_step_that_another_process_works_on_is_not_removed(store):
     holder.join(20)
     holder.close()
     assert store.remove(info)
-

@@ -29,9 +29,7 @@ Folder = Annotated[Path, typer.Argument(help="The folder that experiments name a
 
 def train(
     config: Config,
-    no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="Submit what finds a free place, and return.")
-    ] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Submit what finds a free place, and return.")] = False,
 ) -> None:
     """Train the models of an experiment that are not trained yet; ends with 1 when one of them failed."""
     from steered_lm.trait_models.experiment import Experiment

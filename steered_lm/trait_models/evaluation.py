@@ -176,13 +176,15 @@ class _InInspect:
         from steered_lm.inspect_plugin.evaluation import judged_items
 
         experiment, trained = self._harness.experiment, self._trained
-        local = {"peft": trained.peft, "device": self._harness.device}
         here = trained.pretrained is not None
+        given: dict[str, Any] = {"peft": trained.peft, "device": self._harness.device} if here else {}
+        if not here and str(trained.inspect).startswith("openai/"):
+            given["responses_api"] = False  # the older API knows stop strings, and every compatible server has it
         return judged_items(
             f"steered-hf/{trained.pretrained}" if here else str(trained.inspect),
             self._harness.runs[task.name],
             experiment.evaluation.judge_options,
-            model_args={name: value for name, value in local.items() if value is not None} if here else {},
+            model_args={name: value for name, value in given.items() if value is not None},
             log_dir=work / "logs",
             limit=experiment.evaluation.limit,
             seed=experiment.training.seed,
