@@ -146,7 +146,7 @@ def test_the_page_has_a_tab_a_trained_trait_a_line_a_task_and_every_number_of_th
             assert [y + high for y, high in zip(trace["y"], bars["array"], strict=True)] == pytest.approx([one.score.high for one in own])
     text = " ".join(" ".join(read.texts).split())
     for one in found.cells:
-        assert f"{one.score.value:.2f} ({one.score.low:.2f} to {one.score.high:.2f})" in text
+        assert f"{one.score.value:.1f} ({one.score.low:.1f} to {one.score.high:.1f})" in text
     assert "never shown" not in page
     assert "DUMMY" not in page
 

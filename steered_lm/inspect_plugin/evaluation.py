@@ -2,25 +2,37 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from inspect_ai import eval as inspect_eval
 from inspect_ai.log import EvalSample
+from inspect_ai.model import Model, get_model
 
 from steered_lm.errors import RunError
 from steered_lm.inspect_plugin.traits import pv_trait
 from steered_lm.judges.items import JudgedItem
 from steered_lm.judges.trait_run import TraitRun
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 _SCORER = "trait_expression"
 
 
+def open_model(name: str, model_args: Mapping[str, Any]) -> Model:
+    """Return a model for several evaluations; as a context manager it lets go of what it loaded, which Inspect's own table of models never does.
+
+    Raises:
+        RefusalError: when it cannot be loaded.
+    """
+    return get_model(name, memoize=False, **model_args)
+
+
 def judged_items(
-    model: str,
+    model: str | Model,
     run: TraitRun,
     judge_options: Mapping[str, Any],
     *,
-    model_args: Mapping[str, Any],
+    model_args: Mapping[str, Any] = NOTHING,
     log_dir: Path,
     limit: int | None = None,
     seed: int = 0,
@@ -28,10 +40,10 @@ def judged_items(
     """Return the trait's questions with their scores, in order.
 
     Args:
-        model: its name in Inspect, such as ``steered-hf/<folder>`` or ``openai/<model>``.
+        model: its name in Inspect, such as ``openai/<model>``, or one that :func:`open_model` gave.
         run: how the trait is measured.
         judge_options: further options of the judge.
-        model_args: what the model's provider takes.
+        model_args: what the provider of a model that is given by name takes.
         log_dir: gets Inspect's log.
         limit: most questions; None takes all.
         seed: of responses that are sampled.
@@ -48,7 +60,7 @@ def judged_items(
     )
     if log.status != "success" or log.samples is None:
         said = "no reason given" if log.error is None else log.error.message
-        raise RunError(f"the evaluation of {model!r} in Inspect ended with status {log.status!r}: {said}. Its log: {log.location}.")
+        raise RunError(f"the evaluation of {str(model)!r} in Inspect ended with status {log.status!r}: {said}. Its log: {log.location}.")
     samples: dict[str, list[EvalSample]] = {}
     for sample in log.samples:
         samples.setdefault(str(sample.id), []).append(sample)

@@ -17,7 +17,7 @@ from steered_lm.report.wording import count
 from steered_lm.stats import Estimate
 from steered_lm.trait_models.results import Cell, Results
 
-_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY, "#8A6D00", "#111827")
 # plotly's names of markers and matplotlib's; a line is told from others by both colour and marker
 _MARKERS = (("circle", "o"), ("square", "s"), ("diamond", "D"), ("triangle-up", "^"), ("triangle-down", "v"), ("cross", "P"), ("x", "X"))
 _SPREAD = 0.16  # of a strength's place on the axis, over which tasks are laid out side by side
@@ -121,7 +121,7 @@ def trait_figure(results: Results, trait: str, name: str) -> Figure:
     axis: Json = {"gridcolor": "#E5E7EB", "automargin": True, "fixedrange": True, "zeroline": False}
     ticks: Json = {"tickvals": list(range(len(labels))), "ticktext": labels, "range": [-0.35, len(labels) - 0.65], "showgrid": False}
     dummy = any(one.dummy for one in results.of_trait(trait))
-    stamp: Json = {"text": _DUMMY, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "showarrow": False, "font": {"size": 30, "color": "#C9A0A0"}}
+    stamp: Json = {"text": _DUMMY, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "showarrow": False, "font": {"size": 22, "color": "#C9A0A0"}}
     layout: Json = {
         "height": 460,
         "margin": {"l": 8, "r": 12, "t": 12, "b": 14},

@@ -1,8 +1,9 @@
 """What an experiment's models are measured by: trait tasks, in lm-eval or in Inspect, each model and task a step of its own."""
 
+import gc
 from collections import Counter
 from collections.abc import Mapping
-from functools import cached_property
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -105,6 +106,10 @@ class Asked(Protocol):
         """Return the questions with their scores; ``work`` is the step's folder for logs."""
         ...
 
+    def close(self) -> None:
+        """Let go of what was loaded."""
+        ...
+
 
 class Harness:
     """An experiment's harness with its tasks and judges."""
@@ -153,39 +158,55 @@ class Harness:
 class _InLmEval:
     def __init__(self, harness: Harness, trained: TrainedModel) -> None:
         self._harness, self._trained = harness, trained
-
-    @cached_property
-    def _lm(self) -> Any:
-        from steered_lm.harness.evaluation import load_model
-
-        assert self._trained.pretrained is not None
-        return load_model(self._trained.pretrained, self._trained.peft, self._harness.device)
+        self._lm: Any = None
 
     def items(self, task: DetectionTask, work: Path) -> list[JudgedItem]:
-        from steered_lm.harness.evaluation import judged_items
+        from steered_lm.harness.evaluation import judged_items, load_model
 
+        if self._lm is None:
+            assert self._trained.pretrained is not None
+            self._lm = load_model(self._trained.pretrained, self._trained.peft, self._harness.device)
         experiment = self._harness.experiment
         return judged_items(self._lm, self._harness.harness_tasks[task.name], limit=experiment.evaluation.limit, seed=experiment.training.seed)
+
+    def close(self) -> None:
+        if self._lm is not None:
+            self._lm = None
+            gc.collect()  # hooks and model hold each other
 
 
 class _InInspect:
     def __init__(self, harness: Harness, trained: TrainedModel) -> None:
         self._harness, self._trained = harness, trained
+        self._opened = ExitStack()
+        self._model: Any = None
 
     def items(self, task: DetectionTask, work: Path) -> list[JudgedItem]:
-        from steered_lm.inspect_plugin.evaluation import judged_items
+        from steered_lm.inspect_plugin.evaluation import judged_items, open_model
 
-        experiment, trained = self._harness.experiment, self._trained
-        here = trained.pretrained is not None
-        given: dict[str, Any] = {"peft": trained.peft, "device": self._harness.device} if here else {}
-        if not here and str(trained.inspect).startswith("openai/"):
-            given["responses_api"] = False  # the older API knows stop strings, and every compatible server has it
+        trained, experiment = self._trained, self._harness.experiment
+        model: Any
+        if trained.pretrained is not None:
+            if self._model is None:
+                given = {"peft": trained.peft, "device": self._harness.device}
+                made = open_model(f"steered-hf/{trained.pretrained}", {name: value for name, value in given.items() if value is not None})
+                self._model = self._opened.enter_context(made)
+            model, options = self._model, {}
+        else:
+            model = str(trained.inspect)
+            # OpenAI's older interface knows stop strings, and every compatible server has it
+            options = {"responses_api": False} if model.startswith("openai/") else {}
         return judged_items(
-            f"steered-hf/{trained.pretrained}" if here else str(trained.inspect),
+            model,
             self._harness.runs[task.name],
             experiment.evaluation.judge_options,
-            model_args={name: value for name, value in given.items() if value is not None},
+            model_args=options,
             log_dir=work / "logs",
             limit=experiment.evaluation.limit,
             seed=experiment.training.seed,
         )
+
+    def close(self) -> None:
+        self._opened.close()
+        self._model = None
+        gc.collect()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -111,12 +112,14 @@ class EvaluationState(NamedTuple):
         task: which trait it was measured for.
         status: ``finished`` now, ``reused`` from before, ``skipped`` because the model is not ready, or ``failed``.
         reason: why it was skipped or failed.
+        dummy: whether the model was never trained.
     """
 
     model: TraitModel
     task: str
     status: Literal["finished", "reused", "skipped", "failed"]
     reason: str | None = None
+    dummy: bool = False
 
 
 def evaluate(
@@ -164,23 +167,23 @@ def evaluate(
 def _measure(
     harness: Harness, model: TraitModel, trained: TrainedModel, steps: Sequence[tuple[DetectionTask, Step]], *, wait: bool
 ) -> Iterator[EvaluationState]:
-    asked = harness.ask(trained)
-    for task, step in steps:
-        with step.locked(wait=wait) as held:
-            if not held:
-                continue
-            if step.record() is not None:
-                yield EvaluationState(model, task.name, "reused")
-                continue
-            step.prepare()
-            try:
-                items = asked.items(task, step.work)
-            except (UserError, OSError) as problem:
-                step.failed(str(problem))
-                yield EvaluationState(model, task.name, "failed", str(problem))
-            else:
-                step.finish(Record(items, harness.judges[task.name], trained.dummy).dump())
-                yield EvaluationState(model, task.name, "finished")
+    with closing(harness.ask(trained)) as asked:
+        for task, step in steps:
+            with step.locked(wait=wait) as held:
+                if not held:
+                    continue
+                if step.record() is not None:
+                    yield EvaluationState(model, task.name, "reused", dummy=trained.dummy)
+                    continue
+                step.prepare()
+                try:
+                    items = asked.items(task, step.work)
+                except (UserError, OSError) as problem:
+                    step.failed(str(problem))
+                    yield EvaluationState(model, task.name, "failed", str(problem), trained.dummy)
+                else:
+                    step.finish(Record(items, harness.judges[task.name], trained.dummy).dump())
+                    yield EvaluationState(model, task.name, "finished", dummy=trained.dummy)
 
 
 def _unready(state: ModelState) -> str:
