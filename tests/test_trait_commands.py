@@ -13,6 +13,8 @@ from steered_lm import cli
 from steered_lm.commands import trait_cache as cache_commands
 from steered_lm.commands import trait_models as commands
 from steered_lm.errors import UserError
+from steered_lm.trait_models.evaluation import detection_tasks
+from steered_lm.trait_models.experiment import STRENGTHS, Experiment
 
 MODELS = {"calm": ("humorous", "baseline"), "wry": ("humorous", "mild"), "clown": ("humorous", "severe")}
 
@@ -62,6 +64,17 @@ def test_an_experiment_goes_from_its_file_to_a_page_by_four_commands(tmp_path, e
         assert f"{cell['score']['value']:.1f}" in said
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results-01-humorous.png", "results.html", "results.json"]
     assert "DUMMY" not in said + (tmp_path / "out" / "results.html").read_text()
+
+
+def test_the_example_is_an_experiment_of_three_traits_at_three_strengths(tmp_path):
+    file = tmp_path / "mine.yaml"
+    assert "wrote" in invoke("example", "--out", file)
+    experiment = Experiment.load(file)
+    traits = ("hallucinating", "evil", "sycophantic")
+    assert [(m.trait, m.strength, m.dataset) for m in experiment.models] == [(t, s, f"{s}_{t}") for t in traits for s in STRENGTHS]
+    assert [task.name for task in detection_tasks(experiment.evaluation)] == list(traits)
+    assert experiment.training.dataset_options.cache_dir == tmp_path / "trait-models"
+    invoke("example", "--out", file, fails="exists already")
 
 
 def test_dummies_are_marked_in_every_command(tmp_path, evaluation):

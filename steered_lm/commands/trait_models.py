@@ -1,4 +1,4 @@
-"""``steered-lm traits train | status | evaluate | results | cancel``: experiments with models that are trained to show a trait."""
+"""``steered-lm traits example | train | status | evaluate | results | cancel``: experiments with models that are trained to show a trait."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from steered_lm.commands.trait_cache import steps_app
+from steered_lm.config import write_atomic
 from steered_lm.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
 
 console = Console(emoji=False)
 Config = Annotated[Path, typer.Argument(help="The experiment's YAML file.")]
+
+
+def example(out: Annotated[Path, typer.Option(help="The file to write.")] = Path("experiment.yaml")) -> None:
+    """Write an experiment's file to start from: three traits at three strengths of their data."""
+    import steered_lm.trait_models
+    from steered_lm.trait_models.experiment import ExperimentError
+
+    if out.exists():
+        raise ExperimentError(f"--out {str(out)!r} exists already. Name another file, or remove it.")
+    write_atomic(out, Path(steered_lm.trait_models.__file__).with_name("example.yaml").read_text(encoding="utf-8"))
+    console.print(f"wrote {out}: say in it where the data are and who judges, then: steered-lm traits train {out}", soft_wrap=True, markup=False)
 
 
 def train(
@@ -102,7 +114,7 @@ def results(
 
 def mount(app: typer.Typer) -> None:
     """Add these commands to ``steered-lm traits``."""
-    for command in (train, status, evaluate, results, cancel):
+    for command in (example, train, status, evaluate, results, cancel):
         app.command(command.__name__)(command)
     app.add_typer(steps_app, name="cache")
 
