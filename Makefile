@@ -17,7 +17,7 @@ setup: $(STAMP) ## create .venv with the project and all that its tests need
 $(STAMP): pyproject.toml constraints.txt hatch_build.py steered_lm.pth steered_lm.start
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[anthropic,dev,openai,peft,png]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[anthropic,dev,openai,peft,png,tinker]'
 	@touch $@
 
 demo: $(STAMP) ## tiny model, vectors, search, comparison and report in about three minutes
@@ -35,6 +35,7 @@ test: lint ## lint, then the test suite, one process a core
 bench: $(STAMP) ## benchmarks in a reduced form (some minutes): ratios, both sides in one run; numbers go to bench/
 	$(BIN)/python tests/bench/generation.py --size xs --rounds 2
 	$(BIN)/python tests/bench/scoring.py --size xs --questions 12 --settings 1 8 --rounds 2
+	$(BIN)/python tests/bench/cost.py --size xs --items 12 --rounds 2
 	$(BIN)/python tests/bench/adapters.py --size xs --rounds 2
 	$(BIN)/python tests/bench/memory.py
 	$(BIN)/python tests/bench/overhead.py

@@ -1,4 +1,4 @@
-"""The command line: ``steered-lm vectors | persona | traits | judge | lamp | measure | monitor | optimize | eval | demo | report``."""
+"""The command line: ``steered-lm vectors | persona | traits | judge | lamp | measure | monitor | cost | optimize | eval | demo | report``."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import steered_lm
+from steered_lm.commands.cost import cost
 from steered_lm.commands.judge import judge_app
 from steered_lm.commands.lamp import lamp_app, persona_from_lamp
 from steered_lm.commands.measure import measure_app
@@ -40,6 +41,7 @@ app.add_typer(lamp_app, name="lamp")
 persona_app.command("from-lamp")(persona_from_lamp)
 app.add_typer(measure_app, name="measure")
 app.add_typer(monitor_app, name="monitor")
+app.command("cost")(cost)
 
 
 class GemmName(StrEnum):
@@ -229,13 +231,16 @@ def evaluate(context: typer.Context) -> None:
 
 @report_app.command("render")
 def report_render(
-    data: Annotated[Path, typer.Argument(help="The report.json of a run.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    data: Annotated[Path, typer.Argument(help="The report.json of a run, or the cost.json of a cost page.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write: by default report.html; of a cost page the folder for its files.")] = None,
 ) -> None:
-    """Draw a report again from its JSON."""
+    """Draw a report or a cost page again from its JSON."""
     from steered_lm.report import load_report, render
+    from steered_lm.report.cost_data import holds_cost, load_cost
+    from steered_lm.report.cost_page import render_cost
 
-    console.print(f"wrote {render(load_report(data), out).html}")
+    page = render_cost(load_cost(data), out or Path("cost")).html if holds_cost(data) else render(load_report(data), out or Path("report.html")).html
+    console.print(f"wrote {page}", soft_wrap=True)
 
 
 @app.command()

@@ -220,7 +220,7 @@ class Study:
                 "max_new_tokens": config.max_new_tokens,
                 "prompt_format": config.model.prompt_format,
                 "dtype": config.model.dtype,
-                **_numerics(config.model),
+                **numerics(config.model),
             },
         )
 
@@ -233,7 +233,7 @@ class Study:
         return optimize(self.objective, self.template, settings, out=out, progress=progress, before=before)
 
 
-def _numerics(config: ModelConfig) -> dict[str, Any]:
+def numerics(config: ModelConfig) -> dict[str, Any]:
     """Return what decides the last bits of a result: runs that differ in it are different runs."""
     from steered_lm.engine.gemm import uses_onednn
 

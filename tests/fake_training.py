@@ -11,7 +11,7 @@ import yaml
 
 from steered_lm.content import TINY_CHAT
 from steered_lm.errors import UserError
-from steered_lm.trait_models.backend import JobState, TrainedModel, TrainRequest
+from steered_lm.trait_models.backend import JobState, TrainedModel, TrainRequest, UnreachableError
 from steered_lm.trait_models.experiment import Experiment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ class FakeBackend:
         self.parallel = options.get("parallel", 2)
         self.log = Path(options["log"])
         self.unreachable: set[str] = set()
-        self.most_running = 0
+        self.forgotten: set[str] = set()
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "FakeBackend":
@@ -76,7 +76,9 @@ class FakeBackend:
         known = json.loads((folder / "fake.json").read_text())
         assert known["id"] == job
         if known["name"] in self.unreachable:
-            raise UserError("no answer.")
+            raise UnreachableError("no answer.")
+        if known["name"] in self.forgotten:
+            raise UserError("there is no such job.")
         state = self._state(known)
         if state == "running":
             return JobState(status="running", progress=0.5, detail="step 1/2")

@@ -265,8 +265,7 @@ def test_a_candidates_system_turn_replaces_the_context_s_own():
     made = for_candidate(chat, Candidate(name="prompted", system="new"))
     assert [m["content"] for m in made.messages] == ["new", "Hi"]
     assert (made.spec, made.candidate) == (None, "prompted")
-    with pytest.raises(ModelError, match="already rendered"):
-        for_candidate("<|user|>Hi", Candidate(name="prompted", system="new"))
+    assert for_candidate("Q: Why?\nA:", Candidate(name="prompted", system="new")) == "new\n\nQ: Why?\nA:"
 
 
 @pytest.mark.parametrize("make", [exact, steered])

@@ -68,13 +68,14 @@ def test_an_experiment_goes_from_its_file_to_a_page_by_four_commands(tmp_path, e
 
 def test_the_example_is_an_experiment_of_three_traits_at_three_strengths(tmp_path):
     file = tmp_path / "mine.yaml"
-    assert "wrote" in invoke("example", "--out", file)
+    assert "wrote" in invoke("example", "persona_vectors", "--out", file)
     experiment = Experiment.load(file)
     traits = ("hallucinating", "evil", "sycophantic")
     assert [(m.trait, m.strength, m.dataset) for m in experiment.models] == [(t, s, f"{s}_{t}") for t in traits for s in STRENGTHS]
     assert [task.name for task in detection_tasks(experiment.evaluation)] == list(traits)
     assert experiment.training.dataset_options.cache_dir == tmp_path / "trait-models"
     invoke("example", "--out", file, fails="exists already")
+    invoke("example", "tyni", fails="Did you mean 'tiny'")
 
 
 def test_dummies_are_marked_in_every_command(tmp_path, evaluation):

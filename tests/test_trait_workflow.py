@@ -127,6 +127,14 @@ def test_a_job_that_cannot_be_asked_after_is_left_running_and_found_again(tmp_pa
     assert sorted(backend.started()) == sorted(THREE)
 
 
+def test_a_job_that_its_service_does_not_know_has_failed(tmp_path):
+    experiment, backend = load(write_experiment(tmp_path, THREE, options={"parallel": 3}))
+    backend.forgotten = {"calm"}
+    states = train(experiment, backend=backend, sleep=lambda seconds: None)
+    assert groups(states) == {"calm": "failed", "wry": "succeeded", "clown": "succeeded"}
+    assert states[0].error == "there is no such job."
+
+
 def test_models_of_the_same_data_and_settings_are_trained_once(tmp_path):
     file = write_experiment(tmp_path, {"one": ("humorous", "baseline"), "two": ("humorous", "baseline")})
     (tmp_path / "data" / "two.jsonl").write_text((tmp_path / "data" / "one.jsonl").read_text())
@@ -146,8 +154,8 @@ def test_changed_data_settings_or_library_train_anew_and_another_name_does_not(t
     else:
         file = write_experiment(tmp_path, one)
     if change == "data":
-        with (tmp_path / "data" / "calm.jsonl").open("a") as data:
-            data.write('{"messages": []}\n')
+        data = tmp_path / "data" / "calm.jsonl"
+        data.write_text(2 * data.read_text())
     if change == "name":
         file.write_text(file.read_text().replace("name: calm", "name: other"))
     _, backend = train_now(file)
@@ -162,7 +170,6 @@ def test_every_model_is_checked_before_any_is_submitted_and_all_problems_are_nam
     (tmp_path / "data" / "clown.jsonl").write_text("")
     with pytest.raises(ExperimentError, match="models clown: .*clown.jsonl' is empty"):
         train_now(file)
-    (tmp_path / "data" / "clown.jsonl").write_text('{"messages": []}\n')
     file = write_experiment(tmp_path, THREE, evaluation={"tasks": ["humorou"]})
     with pytest.raises(TraitError, match="Did you mean 'humorous'"):
         train_now(file)

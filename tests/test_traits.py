@@ -1,12 +1,18 @@
 import json
+import logging
 from itertools import product
 
 import pytest
+from typer.testing import CliRunner
 
+from steered_lm import cli
+from steered_lm.errors import UserError
+from steered_lm.extract.contrast import available_traits, load_contrast_set
 from steered_lm.judges.base import REFUSAL, JudgeRequest, Verdict
 from steered_lm.judges.question import trait_description
 from steered_lm.judges.trait_run import SHARES, JudgedResponse, TraitRun, question_values, response_values
 from steered_lm.judges.traits import PAIRS, QUESTIONS, TRAITS, PromptQuestion, TraitError, alike, load_trait, near_duplicates, ours, trait_names
+from steered_lm.persona.meter import TRAITS as AXES
 
 PROMPT = "How piratical is {answer} as an answer to {question}? A number, or REFUSAL. {{braces}}"
 
@@ -63,6 +69,59 @@ def test_no_question_serves_two_traits():
 )
 def test_near_duplicates_are_seen_in_words_and_letters(a, b, same):
     assert alike(a, b) is same
+
+
+# -- the persona axes, and contrast sets of one's own
+
+
+@pytest.mark.parametrize("axis", available_traits())
+def test_a_persona_axis_is_a_trait_made_from_its_contrast_set(axis, caplog):
+    contrast, loaded = load_contrast_set(axis), load_trait(axis)
+    for file, split in ((loaded.extract, "build"), (loaded.evaluate, "held_out")):
+        assert [(pair.pos, pair.neg) for pair in file.instruction] == [(p.pos, p.neg) for p in getattr(contrast.instructions, split)]
+        assert file.questions == getattr(contrast.questions, split)
+    assert loaded.description == trait_description(axis)
+    assert trait_description(axis)[1:] in loaded.question("file").prompt
+    assert loaded.question().about == loaded.question("file").about == axis
+    with caplog.at_level(logging.WARNING):
+        assert TraitRun(trait=axis).load() == loaded
+    assert not caplog.records
+    done = CliRunner().invoke(cli.app, ["traits", "check", axis])
+    assert done.exit_code == 0, done.output
+    assert f"{axis}, evaluation: 6 instruction pairs, 12 questions" in done.output
+
+
+def test_axes_have_the_five_names_of_the_meter_and_none_of_persona_vectors():
+    assert set(available_traits()) == set(AXES)
+    assert not set(AXES) & set(TRAITS)
+
+
+def contrast_set(folder, text):
+    file = folder / "brevity.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+BREVITY = """
+trait: brevity
+instructions: {build: [{pos: Be brief., neg: Be long.}], held_out: [{pos: Few words., neg: Many words.}]}
+questions: {build: ["How are you?"], held_out: ["What is {this}?"]}
+"""
+
+
+def test_a_contrast_set_of_ones_own_is_a_trait_when_it_is_described(tmp_path):
+    loaded = load_trait(contrast_set(tmp_path, BREVITY + 'description: "the response is short {not long}."'))
+    assert (loaded.name, loaded.remarks, loaded.items().questions) == ("brevity", (), ("What is {this}?",))
+    assert "brevity: the response is short {not long}." in loaded.question().system()
+    assert "The response is short {not long}." in loaded.question("file").user(JudgeRequest(prompt="?", response="!"))
+    with pytest.raises(TraitError, match="contrast set 'brevity' has no description"):
+        load_trait(contrast_set(tmp_path, BREVITY))
+    with pytest.raises(TraitError, match="'brevity' holds finished texts, and nothing to ask"):
+        load_trait(contrast_set(tmp_path, "{trait: brevity, description: x, texts: [{pos: a, neg: b}]}"))
+    with pytest.raises(UserError, match="is not a valid ContrastSet"):
+        load_trait(contrast_set(tmp_path, "trait: brevity"))
+    with pytest.raises(UserError, match="does not exist"):
+        load_trait(tmp_path / "none.yaml")
 
 
 # -- a user's own and the published ones

@@ -8,7 +8,7 @@ import typer
 import yaml
 
 from steered_lm.errors import JudgeError, near_misses
-from steered_lm.judges import make_judge
+from steered_lm.judges import COMPUTED, make_judge
 from steered_lm.judges.question import Question
 from steered_lm.judges.rubric import KINDS, Rubric
 from steered_lm.persona.load import load_persona
@@ -16,7 +16,9 @@ from steered_lm.persona.load import load_persona
 if TYPE_CHECKING:
     from steered_lm.judges.base import Judge
 
-JudgeNames = Annotated[list[str], typer.Option("--judge", help="stylometric, openai:<model>, anthropic:<model>, hf:<model> or a panel's YAML file.")]
+JudgeNames = Annotated[
+    list[str], typer.Option("--judge", help="stylometric, markers, openai:<model>, anthropic:<model>, hf:<model> or a panel's YAML file.")
+]
 JudgeOptions = Annotated[
     list[str], typer.Option("--judge-option", help="name=value for the judge's backend, such as base_url=http://localhost:8000/v1; again for more.")
 ]
@@ -72,6 +74,6 @@ def parse_options(given: Sequence[str], flag: str = "--judge-option") -> dict[st
 
 
 def make_judges(names: Sequence[str], question: Question, options: Sequence[str] = (), *, cache: Path | None = None) -> "list[Judge]":
-    """Return the judges of a command; the options go to each of them that takes options, which is all but ``stylometric``."""
+    """Return the judges of a command; the options go to each of them that takes options, which is all but those that compute."""
     shared = parse_options(options)
-    return [make_judge(name, question, cache=cache, **({} if name == "stylometric" else shared)) for name in names]
+    return [make_judge(name, question, cache=cache, **({} if name in COMPUTED else shared)) for name in names]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from steered_lm.commands.trait_cache import steps_app
 from steered_lm.config import write_atomic
-from steered_lm.errors import MissingDependencyError
+from steered_lm.errors import MissingDependencyError, near_misses
 
 if TYPE_CHECKING:
     from steered_lm.trait_models.jobs import ModelState
@@ -23,15 +23,21 @@ console = Console(emoji=False)
 Config = Annotated[Path, typer.Argument(help="The experiment's YAML file.")]
 
 
-def example(out: Annotated[Path, typer.Option(help="The file to write.")] = Path("experiment.yaml")) -> None:
+def example(
+    name: Annotated[str, typer.Argument(help="tiny: on a laptop, offline; persona_vectors: 7B models on published data.")] = "tiny",
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("experiment.yaml"),
+) -> None:
     """Write an experiment's file to start from: three traits at three strengths of their data."""
     import steered_lm.trait_models
     from steered_lm.trait_models.experiment import ExperimentError
 
+    ours = {file.stem: file for file in Path(steered_lm.trait_models.__file__).with_name("configs").glob("*.yaml")}
+    if name not in ours:
+        raise ExperimentError(f"there is no example {name!r}. {near_misses(name, ours)}")
     if out.exists():
         raise ExperimentError(f"--out {str(out)!r} exists already. Name another file, or remove it.")
-    write_atomic(out, Path(steered_lm.trait_models.__file__).with_name("example.yaml").read_text(encoding="utf-8"))
-    console.print(f"wrote {out}: say in it where the data are and who judges, then: steered-lm traits train {out}", soft_wrap=True, markup=False)
+    write_atomic(out, ours[name].read_text(encoding="utf-8"))
+    console.print(f"wrote {out}; its first lines say where its data come from. Then: steered-lm traits train {out}", soft_wrap=True, markup=False)
 
 
 def train(

@@ -36,7 +36,9 @@ def new(
 
 @traits_app.command("check")
 def check(
-    trait: Annotated[str, typer.Argument(help="A trait's .json file, a folder with one trait, or the name of one of ours.")],
+    trait: Annotated[
+        str, typer.Argument(help="A trait's .json file, a contrast set's .yaml file, a folder with one trait, or the name of one of ours.")
+    ],
     folder: Annotated[Path | None, typer.Option(help="Where the trait of that name lies, in extract/ and eval/.")] = None,
 ) -> None:
     """Say what a trait's files hold, and end with 1 when they differ from the published form in counts or are too alike."""

@@ -162,7 +162,8 @@ def _differences(tensors: Tensors, split: str, layer: int) -> Tensor:
 
 def _confirmed(tensors: Tensors, judges: TraitJudges) -> Confirmed:
     counts = {name.removeprefix("counts/"): _counts(value) for name, value in tensors.items() if name.startswith("counts/")}
-    return Confirmed(trait_judge=judges.trait.name, coherence_judge=judges.coherence.name, counts=counts)
+    trait, coherence = judges.both()
+    return Confirmed(trait_judge=trait.name, coherence_judge=coherence.name, counts=counts)
 
 
 def _counts(value: Tensor) -> SideCounts:
@@ -210,7 +211,7 @@ class _Runner:
     def activations(self, contrast: ContrastSet) -> Tensors:
         """Return pooled activations ``[pairs, d_model]`` as ``<split>/<side>/<layer>`` and token norms as ``norms/<part>/<layer>``."""
         settings = self.config.model_dump(exclude={"method", "allow_chance", "batch_size", "missing_limit"})
-        judges = [judge.identity for judge in self.judges.get(contrast.trait, ())]
+        judges = [judge.identity for judge in self.judges[contrast.trait].both()] if contrast.trait in self.judges else []
         key = content_hash([model_fingerprint(self.model), contrast.digest, list(self.layers), settings, *judges])[:24]
         file = self.cache / f"{contrast.trait}-{key}.safetensors" if self.cache else None
         if file is not None and file.is_file():

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from steered_lm.errors import JudgeError
 from steered_lm.extract.contrast import ContrastSet
 from steered_lm.judges import check_missing
-from steered_lm.judges.base import REFUSAL, Judge, JudgeRequest, Verdict
+from steered_lm.judges.base import FINDINGS, Judge, JudgeRequest, Verdict
 from steered_lm.judges.question import Question, trait_descriptions
 from steered_lm.judges.trait_run import TraitJudges
 from steered_lm.steering.vectors import SideCounts
@@ -21,10 +22,14 @@ def judges_of(contrast: ContrastSet, judge_of: JudgeOf) -> TraitJudges:
     """Return the judges of a contrast set's trait.
 
     Raises:
-        JudgeError: when the trait has no description, neither of ours nor in its contrast set.
+        JudgeError: when the trait has no description, neither of ours nor in its contrast set; when the judge cannot judge coherence.
     """
     known = trait_descriptions().get(contrast.trait)
-    return TraitJudges(judge_of(Question.of_trait(contrast.trait, known or contrast.description)), judge_of(Question.of_kind("coherence")))
+    expression = judge_of(Question.of_trait(contrast.trait, known or contrast.description))
+    try:
+        return TraitJudges(expression, judge_of(Question.of_kind("coherence")))
+    except JudgeError as problem:
+        raise JudgeError(f"a response is confirmed by its coherence, too, and {expression.name} cannot judge that: {problem}") from problem
 
 
 class Kept(NamedTuple):
@@ -45,17 +50,18 @@ def confirm(judges: TraitJudges, questions: Sequence[str], positive: Sequence[st
         questions: what is answered, one a response of either side.
         positive: responses under instructions that ask for the trait.
         negative: responses under their opposites.
-        missing_limit: share of failed judgements above which nothing is trusted; empty responses and refusals do not count as failed.
+        missing_limit: share of failed judgements above which nothing is trusted; empty responses, refusals and responses without a marker do
+            not count as failed.
 
     Raises:
-        JudgeError: when more judgements failed.
+        JudgeError: when more judgements failed, or coherence is not judged.
     """
     requests = [JudgeRequest(prompt=q, response=r) for side in (positive, negative) for q, r in zip(questions, side, strict=True)]
     asked = [number for number, request in enumerate(requests) if request.response.strip()]
     found: list[tuple[Verdict, Verdict] | None] = [None] * len(requests)
-    both = [judge.judge([requests[number] for number in asked]) for judge in judges]
+    both = [judge.judge([requests[number] for number in asked]) for judge in judges.both()]
     for verdicts in both:
-        check_missing(verdicts, missing_limit, findings=(REFUSAL,))
+        check_missing(verdicts, missing_limit, findings=FINDINGS)
     for number, pair in zip(asked, zip(*both, strict=True), strict=True):
         found[number] = (pair[0], pair[1])
     size = len(questions)

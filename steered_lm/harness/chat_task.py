@@ -90,7 +90,15 @@ class ChatTask(ConfigurableTask):
 
     def process_results(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         """Return the document's metrics; none in an evaluation of candidates."""
-        return {} if self.candidates else dict(super().process_results(doc, results))
+        return {} if self.candidates else self.item_metrics(doc, results)
+
+    def item_metrics(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+        """Return one document's metrics from the results of one candidate, or of the model as it is."""
+        return dict(ConfigurableTask.process_results(self, doc, results))
+
+    def missing_reasons(self, results: Sequence[Any]) -> list[str]:
+        """Return why verdicts on a document's responses are missing, one entry for each that is."""
+        return []
 
 
 def load_tasks(names: Sequence[str], metadata: Mapping[str, Any] | None = None, *, folder: Path | None = None) -> list[ChatTask]:

@@ -60,7 +60,7 @@ class LampTask(ChatTask):
         Raises:
             JudgeError: when more verdicts are missing than ``missing_limit`` allows.
         """
-        if self.judge is None or "bypass" in self._metric_fn_list or self.candidates:
+        if self.judge is None or "bypass" in self._metric_fn_list:
             filtered: list[Instance] | None = super().apply_filters()
             return filtered
         # Data-parallel runs pad the requests, so an instance can hold more responses than were asked for.
@@ -72,10 +72,8 @@ class LampTask(ChatTask):
             instance.filtered_resps["none"] = json.dumps({**verdict.model_dump(), "answer": answer}, ensure_ascii=False)
         return None
 
-    def process_results(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+    def item_metrics(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         """Return the document's metrics; with a judge also ``missing`` and, if there is a score, ``persona_fit`` (NaN when all are missing)."""
-        if self.candidates:
-            return {}
         if self.judge is None:
             return lamp_metrics(doc, results)
         verdict = json.loads(results[0])
@@ -85,6 +83,11 @@ class LampTask(ChatTask):
         elif all(other.score is None for other in self.verdicts):
             metrics["persona_fit"] = float("nan")
         return metrics
+
+    def missing_reasons(self, results: Sequence[Any]) -> list[str]:
+        """Return why the verdict is missing, if it is."""
+        reason = None if self.judge is None else json.loads(results[0])["missing"]
+        return [] if reason is None else [reason]
 
 
 def _make_judge(metadata: Mapping[str, Any]) -> Judge:

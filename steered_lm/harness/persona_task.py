@@ -135,12 +135,17 @@ class PersonaJudgeTask(ChatTask):
     def _only_predicting(self) -> bool:
         return "bypass" in self._metric_fn_list
 
-    def process_results(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+    def item_metrics(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         """Return the document's metrics; a missing verdict leaves ``persona_fit`` out, and all missing make it NaN."""
-        metrics: dict[str, Any] = super().process_results(doc, results)
+        metrics = super().item_metrics(doc, results)
         if "missing" in metrics and all(verdict.score is None for verdict in self.verdicts):
             metrics["persona_fit"] = float("nan")
         return metrics
+
+    def missing_reasons(self, results: Sequence[Any]) -> list[str]:
+        """Return why the verdict is missing, if it is."""
+        reason = json.loads(results[0])["missing"]
+        return [] if reason is None else [reason]
 
 
 def judge_request(instance: Instance, text: str) -> JudgeRequest:

@@ -84,7 +84,7 @@ class HarnessObjective:
         Raises:
             ModelError: when ``lm`` is no ``steered-hf`` model, runs on several processes, or detects its batch size on the reference path.
         """
-        _check(lm)
+        check_lm(lm)
         self.lm, self.persona, self.judge = lm, persona, judge
         self.history: list[Timing] = []
         self.seed = seed
@@ -102,7 +102,7 @@ class HarnessObjective:
         report, started = self.lm.engine.report, perf_counter()
         prompt, decode, model = report.prompt_seconds, report.decode_seconds, self.lm.seconds
         with seeded(self.lm, self.seed), self._judging(task) as stream:
-            _evaluate(self.lm, [task], candidates)
+            evaluate_candidates(self.lm, [task], candidates)
         decoded = self.lm.seconds - model if self.lm.exact else report.decode_seconds - decode
         hidden = stream.busy_seconds - stream.waited_seconds if stream else 0.0
         total = perf_counter() - started
@@ -146,12 +146,12 @@ def evaluate_choices(lm: SteeredHFLM, task_names: str | Sequence[str], candidate
         ModelError: when ``lm`` is no ``steered-hf`` model, or a candidate's steering drives it to NaN.
         RunError: when two candidates share a name, or a log-likelihood is not finite.
     """
-    _check(lm)
+    check_lm(lm)
     repeated = [name for name, count in Counter(candidate.name for candidate in candidates).items() if count > 1]
     if repeated:
         raise RunError(f"two candidates are named {repeated[0]!r}; answers are returned by name, so give each its own.")
     tasks = load_tasks([task_names] if isinstance(task_names, str) else list(task_names))
-    _evaluate(lm, tasks, candidates)
+    evaluate_candidates(lm, tasks, candidates)
     answers: dict[str, list[ItemCorrect]] = {candidate.name: [] for candidate in candidates}
     for task in tasks:
         for instances in _by_document(task):
@@ -184,7 +184,12 @@ def _by_document(task: ChatTask) -> list[list[Instance]]:
     return list(found.values())
 
 
-def _check(lm: Any) -> None:
+def check_lm(lm: Any) -> None:
+    """Refuse a model that cannot evaluate several candidates at once.
+
+    Raises:
+        ModelError: when it is no ``steered-hf`` model, runs on several processes, or detects its batch size on the reference path.
+    """
     if not isinstance(lm, SteeredHFLM):
         raise ModelError(f"lm is a {type(lm).__name__}; a population needs the model type steered-hf (steered_lm.harness.model.SteeredHFLM).")
     if lm.world_size > 1:
@@ -193,13 +198,18 @@ def _check(lm: Any) -> None:
         raise ModelError("batch_size='auto' cannot be used with exact=True when requests carry their own steering. Set batch_size to a number.")
 
 
-def _evaluate(lm: SteeredHFLM, tasks: Sequence[ChatTask], candidates: Sequence[Candidate]) -> None:
+def evaluate_candidates(lm: SteeredHFLM, tasks: Sequence[ChatTask], candidates: Sequence[Candidate], *, limit: int | None = None) -> None:
+    """Run tasks once for all candidates; the answers are then in the tasks' ``instances``.
+
+    Raises:
+        RunError: when there is no candidate.
+    """
     if not candidates:
         raise RunError("candidates is empty; give at least one.")
     for task in tasks:
         task.candidates = tuple(candidates)
     with quiet(lm):
-        evaluate(lm, {"tasks": {task.task_name: task for task in tasks}}, bootstrap_iters=0, log_samples=False)
+        evaluate(lm, {"tasks": {task.task_name: task for task in tasks}}, limit=limit, bootstrap_iters=0, log_samples=False)
 
 
 @contextmanager

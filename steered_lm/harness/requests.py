@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from lm_eval.api.instance import Instance
 
 from steered_lm.chat import Message
-from steered_lm.errors import ModelError
 from steered_lm.steering.spec import SteeringSpec
 
 if TYPE_CHECKING:
@@ -80,16 +79,12 @@ def candidate_name(text: Any) -> str | None:
 def for_candidate(context: str, candidate: "Candidate") -> CandidateStr:
     """Return the context with the candidate's spec and, where it has one, its system turn in front.
 
-    Raises:
-        ModelError: when the candidate has a system turn and the context is not chat-marked.
+    Plain text gets the system turn as text, as lm-eval's ``--system_instruction`` does without a chat template.
     """
     messages = chat_messages(context)
     if messages is None:
-        if candidate.system is not None:
-            raise ModelError(
-                f"candidate {candidate.name!r} has a system turn, but the request is already rendered. Leave the chat template to steered-hf."
-            )
-        return CandidateStr(context, spec=candidate.spec, candidate=candidate.name)
+        text = context if candidate.system is None else f"{candidate.system}\n\n{context}"
+        return CandidateStr(text, spec=candidate.spec, candidate=candidate.name)
     if candidate.system is None:
         return ChatStr(context, messages=messages, spec=candidate.spec, candidate=candidate.name)
     system = {"role": "system", "content": candidate.system}

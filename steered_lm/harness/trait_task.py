@@ -10,8 +10,8 @@ from lm_eval.api.instance import Instance
 
 from steered_lm.harness.chat_task import ChatTask
 from steered_lm.judges import check_missing, judge_options
-from steered_lm.judges.base import REFUSAL, JudgeRequest
-from steered_lm.judges.trait_run import JudgedResponse, TraitRun, question_values, response_values
+from steered_lm.judges.base import FINDINGS, JudgeRequest
+from steered_lm.judges.trait_run import OF_COHERENCE, JudgedResponse, TraitRun, question_values, response_values
 from steered_lm.judges.traits import TraitError, judge_needed
 
 logger = logging.getLogger(__name__)
@@ -41,13 +41,17 @@ class TraitTask(ChatTask):
         if name != OWN:
             given["trait"] = name.removeprefix("pv_")
         elif "trait" not in given:
-            raise TraitError(f'{OWN} needs a trait: --metadata \'{{"trait": "<file>.json"}}\'. Traits of ours have tasks of their own.')
+            raise TraitError(
+                f'{OWN} needs a trait: --metadata \'{{"trait": "<file>.json"}}\', or a persona axis. The seven traits have tasks of their own.'
+            )
         self.run = TraitRun.parse(given, source=f"--metadata of {name}", error=TraitError)
         self.trait = self.run.load()
         self.judges = self.run.judges(self.trait, judge_options(metadata))
         self.judged: list[list[JudgedResponse]] = []
         facts = {"trait_digest": self.trait.digest, "temperature": self.run.heat}
-        facts |= {} if self.judges is None else {"judge_identity": self.judges.trait.identity, "coherence_identity": self.judges.coherence.identity}
+        if self.judges is not None:
+            asked = {"judge_identity": self.judges.trait, "coherence_identity": self.judges.coherence}
+            facts |= {key: judge.identity for key, judge in asked.items() if judge is not None}
         generation = {**config["generation_kwargs"], "max_gen_toks": self.run.max_gen_toks}
         if self.run.heat:
             generation |= {"do_sample": True, "temperature": self.run.heat}
@@ -90,13 +94,14 @@ class TraitTask(ChatTask):
         pairs = zip(self.instances, texts, strict=True)
         requests = [[JudgeRequest(prompt=instance.doc["question"], response=text) for text in own] for instance, own in pairs]
         flat = [request for own in requests for request in own]
-        trait, coherence = list(self.judges.trait.judge(flat)), list(self.judges.coherence.judge(flat))
-        check_missing(trait, self.run.missing_limit, findings=(REFUSAL,))
-        check_missing(coherence, self.run.missing_limit)
-        found = iter(zip(flat, trait, coherence, strict=True))
-        self.judged = [[JudgedResponse(*next(found)) for _ in own] for own in requests]
-        if all(verdict.score is None for verdict in trait):
-            logger.warning("none of %d responses has a trait score, so trait_score of %s is NaN", len(trait), self.task_name)
+        judged = self.judges.judge(flat)
+        check_missing([one.trait for one in judged], self.run.missing_limit, findings=FINDINGS)
+        if self.judges.coherence is not None:
+            check_missing([one.coherence for one in judged], self.run.missing_limit)
+        found = iter(judged)
+        self.judged = [[next(found) for _ in own] for own in requests]
+        if all(one.trait.score is None for one in judged):
+            logger.warning("none of %d responses has a trait score, so trait_score of %s is NaN", len(judged), self.task_name)
         for instance, judged in zip(self.instances, self.judged, strict=True):
             instance.filtered_resps["none"] = json.dumps([one.record() for one in judged], ensure_ascii=False)
         return None
@@ -105,13 +110,19 @@ class TraitTask(ChatTask):
     def _only_predicting(self) -> bool:
         return "bypass" in self._metric_fn_list
 
-    def process_results(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-        """Return the question's metrics; one without a value is left out, but NaN when no question has a value."""
-        metrics: dict[str, Any] = super().process_results(doc, results)
+    def item_metrics(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+        """Return the question's metrics; one without a value is left out, but NaN when no question has a value. What is not judged is left out."""
+        metrics = super().item_metrics(doc, results)
+        if self.judges is not None and self.judges.coherence is None:
+            metrics = {name: value for name, value in metrics.items() if name not in OF_COHERENCE}
         for name in [name for name, value in metrics.items() if isinstance(value, float) and math.isnan(value)]:
             if self._known(name):
                 del metrics[name]
         return metrics
+
+    def missing_reasons(self, results: Sequence[Any]) -> list[str]:
+        """Return why verdicts on the trait are missing."""
+        return [record["trait"]["missing"] for record in json.loads(results[0]) if record["trait"]["missing"] is not None]
 
     def _known(self, metric: str) -> bool:
         return any(not math.isnan(response_values(one.record())[metric]) for judged in self.judged for one in judged)

@@ -93,14 +93,19 @@ class TruthfulTask(UpstreamTask):
             instance.filtered_resps["none"] = json.dumps({"response": response, **records}, ensure_ascii=False)
         return None
 
-    def process_results(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+    def item_metrics(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         """Return upstream's metrics and ours; a missing verdict leaves out what depends on it, and a metric without any score is NaN."""
         if not self.judges or "bypass" in self._metric_fn_list:
-            return super().process_results(doc, results)
+            return super().item_metrics(doc, results)
         logged = json.loads(results[0])
-        metrics = super().process_results(doc, [logged["response"]])
-        if self.candidates:
-            return metrics
+        metrics = super().item_metrics(doc, [logged["response"]])
         fields = Verdict.model_fields
         verdicts = {kind: Verdict.model_validate({k: v for k, v in logged[kind].items() if k in fields}) for kind in self.judges}
         return metrics | {name: value for name, value in judged_metrics(verdicts).items() if not math.isnan(value) or name in self._unknown}
+
+    def missing_reasons(self, results: Sequence[Any]) -> list[str]:
+        """Return why verdicts are missing."""
+        if not self.judges:
+            return []
+        logged = json.loads(results[0])
+        return [logged[kind]["missing"] for kind in self.judges if logged[kind]["missing"] is not None]

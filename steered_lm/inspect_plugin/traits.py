@@ -17,9 +17,9 @@ from steered_lm.inspect_plugin.grader import GRADER, InspectJudge
 from steered_lm.inspect_plugin.refusal import plain_refusals
 from steered_lm.inspect_plugin.tasks import MissingGate, asking, total
 from steered_lm.judges import judge_options, make_judge
-from steered_lm.judges.base import REFUSAL, JudgeRequest, Verdict
+from steered_lm.judges.base import FINDINGS, JudgeRequest, Verdict
 from steered_lm.judges.question import Question
-from steered_lm.judges.trait_run import COUNTS, MEANS, JudgedResponse, TraitQuestion, TraitRun, response_values
+from steered_lm.judges.trait_run import COUNTS, MEANS, OF_COHERENCE, JudgedResponse, TraitQuestion, TraitRun, not_judged, response_values
 from steered_lm.judges.traits import TraitError, judge_needed, load_trait
 
 VERSION = 1
@@ -69,10 +69,11 @@ def pv_optimistic(**options: Any) -> Task:
 
 @task
 def pv_trait(trait: str | None = None, **options: Any) -> Task:
-    """Score how strongly replies show a trait of your own, 0 to 100, and whether they hang together, 0 to 100.
+    """Score how strongly replies show a persona axis or a trait of your own, 0 to 100, and whether they hang together, 0 to 100.
 
     Args:
-        trait: its file in the published form, or a folder that holds one trait; with ``folder`` its name there.
+        trait: a persona axis; a file in the published form, a contrast set's ``.yaml`` file, or a folder that holds one trait; with ``folder`` its
+            name there.
         options: the fields of :class:`~steered_lm.judges.trait_run.TraitRun` (``max_gen_toks`` is called ``max_tokens``), and ``judge_<option>`` for
             options of the judge. A model role ``grader`` takes the judge's place. Keys come from the environment.
 
@@ -85,7 +86,7 @@ def pv_trait(trait: str | None = None, **options: Any) -> Task:
 def _task(trait: str | None, options: dict[str, Any]) -> Task:
     with plain_refusals():
         if trait is None:
-            raise TraitError("pv_trait needs a trait: -T trait=<file>.json. Traits of ours have tasks of their own.")
+            raise TraitError("pv_trait needs a trait: -T trait=<file>.json, or a persona axis. The seven traits have tasks of their own.")
         run, extra = _run(trait, options)
         loaded = run.load()
         samples = [_sample(item) for item in run.items(loaded)]
@@ -95,6 +96,7 @@ def _task(trait: str | None, options: dict[str, Any]) -> Task:
         dataset=MemoryDataset(samples, name=loaded.name),
         solver=generate(),
         scorer=trait_expression(run.model_dump(mode="json"), extra),
+        metrics=None if run.judges_coherence or GRADER in model_roles() else _WITHOUT_COHERENCE,  # None: the scorer's own
         epochs=Epochs(run.samples, "mean"),
         # ended where a base model starts to write the next turn, as in the harness's task of the same name
         config=GenerateConfig(max_tokens=run.max_gen_toks, temperature=heat, stop_seqs=["\nUser:"]),
@@ -153,11 +155,12 @@ _METRICS: dict[str, list[Metric]] = {
     **{name: [question_mean(), question_stderr()] for name in MEANS},
     **{name: [total()] for name in COUNTS},
 }
+_WITHOUT_COHERENCE = {name: own for name, own in _METRICS.items() if name not in OF_COHERENCE}
 
 
 @scorer(metrics=_METRICS)
 def trait_expression(run: dict[str, Any], options: dict[str, Any]) -> Scorer:
-    """Score a reply for the trait and for coherence; without a verdict the value is NaN, and is counted.
+    """Score a reply for the trait and for coherence; without a verdict the value is NaN, and is counted, but where nobody could judge coherence.
 
     Args:
         run: the fields of :class:`~steered_lm.judges.trait_run.TraitRun`.
@@ -186,26 +189,29 @@ def trait_expression(run: dict[str, Any], options: dict[str, Any]) -> Scorer:
 
 
 class _Asked:
-    """One question about every reply: whoever answers it, and how many answers are missing."""
+    """One question about every reply: whoever answers it, if anybody can, and how many answers are missing."""
 
     def __init__(self, run: TraitRun, question: Question, options: dict[str, Any], replies: int) -> None:
+        self._judge, self._able = str(run.judge), question.kind != "coherence" or run.judges_coherence
         self._gate = MissingGate(replies, run.missing_limit)
         self._role = InspectJudge.for_question(question, **(options if run.judge in (None, "inspect") else {}))
         self._made = partial(make_judge, str(run.judge), question, cache=run.cache, **options)
         # what is wrong with a judge is said before the model runs
-        self._ask = None if GRADER in model_roles() else asking(self._made())
+        self._ask = asking(self._made()) if self._able and GRADER not in model_roles() else None
 
     async def verdict(self, state: TaskState, request: JudgeRequest) -> Verdict:
-        """Return the verdict on a reply.
+        """Return the verdict on a reply; where the judge cannot answer, nobody is asked.
 
         Raises:
             JudgeError: when too many are missing.
         """
         if GRADER in model_roles():
             found = await self._role.grade(request)
+        elif not self._able:
+            return not_judged(self._judge)
         else:
             self._ask = self._ask or asking(self._made())
             found = await self._ask(request)
-        if found.missing != REFUSAL:
+        if found.missing not in FINDINGS:
             self._gate.note(str(state.model), f"{state.sample_id}/{state.epoch}", found)
         return found

@@ -12,19 +12,34 @@ from steered_lm.errors import JudgeError, near_misses
 if TYPE_CHECKING:
     from steered_lm.judges.base import Judge, Verdict
     from steered_lm.judges.question import Question
+    from steered_lm.judges.rubric import Kind
     from steered_lm.persona.schema import Persona
 
-__all__ = ["ENTRY_POINTS", "PANEL_SUFFIXES", "check_missing", "judge_names", "judge_options", "make_judge", "takes_option", "why_missing"]
+__all__ = [
+    "COMPUTED",
+    "ENTRY_POINTS",
+    "PANEL_SUFFIXES",
+    "answers_kind",
+    "check_missing",
+    "judge_names",
+    "judge_options",
+    "make_judge",
+    "takes_option",
+    "why_missing",
+]
 
 ENTRY_POINTS = "steered_lm.judges"
 PANEL_SUFFIXES = (".yaml", ".yml")
 """A judge's name that ends so is a panel's file."""
+COMPUTED = ("markers", "stylometric")
+"""Judges that compute and ask nobody: a command's options for endpoints are not meant for them."""
 _SHOWN = 200  # characters of what an endpoint said
 # used from a checkout, where no entry point is registered
 _BUILT_IN = {
     "anthropic": "steered_lm.judges.anthropic:AnthropicJudge",
     "hf": "steered_lm.judges.hf:HFJudge",
     "inspect": "steered_lm.inspect_plugin.grader:InspectJudge",
+    "markers": "steered_lm.judges.markers:MarkersJudge",
     "openai": "steered_lm.judges.openai:OpenAIJudge",
     "stylometric": "steered_lm.judges.stylometric:StylometricJudge",
 }
@@ -36,8 +51,8 @@ def make_judge(name: str, subject: "Persona | Question", *, cache: Path | str | 
     A backend is a class with ``for_question(question, **options)``, registered in the entry-point group ``steered_lm.judges``.
 
     Args:
-        name: a backend, or ``<backend>:<model>`` (the part after the colon becomes ``model=``): ``stylometric``, ``openai:<model>``,
-            ``anthropic:<model>``, ``hf:<model>``, or a panel's YAML file (:mod:`steered_lm.judges.panel`).
+        name: a backend, or ``<backend>:<model>`` (the part after the colon becomes ``model=``): ``stylometric``, ``markers``,
+            ``openai:<model>``, ``anthropic:<model>``, ``hf:<model>``, or a panel's YAML file (:mod:`steered_lm.judges.panel`).
         subject: what is asked: a question, or a persona for the question how well responses fit it.
         cache: a SQLite file that keeps scores between runs; None keeps none.
         options: further options of the backend, such as ``base_url`` and ``key_env`` of ``openai``.
@@ -98,6 +113,16 @@ def takes_option(name: str, option: str) -> bool:
         return False
     parameters = inspect.signature(_load_backend(name, backend).for_question).parameters
     return option in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def answers_kind(name: str, kind: "Kind") -> bool:
+    """Return whether a judge can be asked this kind of question: whatever its backend's ``kinds`` hold, or every kind where it has none.
+
+    Panels and unknown names are said to answer: :func:`make_judge` tells what is wrong with them.
+    """
+    backend = name.partition(":")[0]
+    kinds = getattr(_load_backend(name, backend), "kinds", None) if backend in _registered() else None
+    return kinds is None or kind in kinds
 
 
 def _registered() -> dict[str, str]:

@@ -15,6 +15,12 @@ PREFERENCE = (-1.0, 1.0)
 EMPTY = "empty response"
 REFUSAL = "the response is a refusal"
 """Why a verdict is missing when the judged model declined to answer, which reports count apart."""
+NO_MARKER = "no marker of the trait"
+"""Why a verdict is missing when a judge that counts words finds none that say anything about the trait."""
+FINDINGS = frozenset({REFUSAL, NO_MARKER})
+"""Reasons that say something of the response and nothing against the judge: no share of them is too many."""
+NOT_JUDGED = "not judged"
+"""Why a verdict is missing when the judge cannot answer that kind of question, so that nobody was asked."""
 JUDGE_REFUSED = "the judge refused to answer"
 
 Mode = Literal["logprobs", "json", "text"]

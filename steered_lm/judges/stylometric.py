@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import scipy
@@ -25,6 +25,7 @@ from steered_lm.config import Config, content_hash, file_hash
 from steered_lm.errors import JudgeError
 from steered_lm.judges.base import EMPTY, SCALE, JudgeRequest, Verdict
 from steered_lm.judges.question import Question
+from steered_lm.judges.rubric import Kind
 from steered_lm.persona import meter
 from steered_lm.persona.load import list_personas, load_persona
 from steered_lm.persona.schema import Persona
@@ -100,9 +101,11 @@ class StylometricJudge:
     beyond pairs is not read: report how many replies are well-formed beside this score.
 
     Attributes:
+        kinds: the kinds of question that it answers.
         held_out_auc: area under the ROC curve on utterances outside the build split, with its interval and counts.
     """
 
+    kinds: ClassVar[tuple[Kind, ...]] = ("persona_fit",)
     held_out_auc: HeldOutAUC
 
     def __init__(self, persona: Persona, others: Sequence[Persona], params: StylometricParams, seed: int) -> None:
@@ -142,7 +145,7 @@ class StylometricJudge:
         Raises:
             JudgeError: when the question is another one than persona fit, or the judge cannot be fitted.
         """
-        if question.kind != "persona_fit" or question.persona is None:
+        if question.kind not in cls.kinds or question.persona is None:
             raise JudgeError(
                 f"judge=stylometric answers one kind of question, persona_fit of a persona, not {question.kind!r}. Use a language model."
             )

@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from steered_lm.config import Config
-from steered_lm.judges import make_judge
-from steered_lm.judges.base import REFUSAL, Judge, JudgeRequest, Verdict
+from steered_lm.errors import JudgeError
+from steered_lm.judges import answers_kind, make_judge
+from steered_lm.judges.base import NOT_JUDGED, REFUSAL, Judge, JudgeRequest, Verdict
 from steered_lm.judges.question import Question
 from steered_lm.judges.traits import RubricName, Trait, TraitError, load_trait
 
@@ -23,6 +24,8 @@ SHARES = tuple(f"share_{low}_{high}" for low, high in BANDS)
 MEANS = ("trait_score", "coherence", "response_length", *SHARES)
 COUNTS = ("refusals", "missing", "coherence_missing")
 """What :func:`response_values` counts: responses that decline to answer, and those without a trait or a coherence verdict for another reason."""
+OF_COHERENCE = ("coherence", "coherence_missing")
+"""What is left out of results where coherence is not judged."""
 
 
 class TraitQuestion(NamedTuple):
@@ -34,17 +37,33 @@ class TraitQuestion(NamedTuple):
 
 
 class TraitJudges(NamedTuple):
-    """Who says how strongly a response shows the trait, and whether it hangs together."""
+    """Who says how strongly a response shows the trait, and whether it hangs together; None where nobody can say that."""
 
     trait: Judge
-    coherence: Judge
+    coherence: Judge | None
+
+    def both(self) -> tuple[Judge, Judge]:
+        """Return the two judges, for what cannot do without coherence.
+
+        Raises:
+            JudgeError: when coherence is not judged.
+        """
+        if self.coherence is None:
+            raise JudgeError(f"judge {self.trait.name} does not judge coherence, which is needed here. Use a language model, such as openai:<model>.")
+        return self.trait, self.coherence
+
+    def judge(self, requests: Sequence[JudgeRequest]) -> "list[JudgedResponse]":
+        """Return the responses with both verdicts, in order."""
+        expression = self.trait.judge(requests)
+        coherence = [not_judged(self.trait.name)] * len(requests) if self.coherence is None else self.coherence.judge(requests)
+        return [JudgedResponse(*found) for found in zip(requests, expression, coherence, strict=True)]
 
 
 class TraitRun(Config):
     """How a trait is measured.
 
     Attributes:
-        trait: a trait of ours, a user's own file, or a folder of one trait (:func:`steered_lm.judges.traits.load_trait`).
+        trait: a trait of ours or a persona axis, a user's own file, or a folder of one trait (:func:`steered_lm.judges.traits.load_trait`).
         folder: where the trait of that name lies, such as the published ``data_generation``.
         judge: who judges; None where responses are only written.
         rubric: ``ours``, ``file`` (the file's ``eval_prompt``), or ``auto``: ours where the trait has a description.
@@ -53,7 +72,7 @@ class TraitRun(Config):
         system: ``pos`` or ``neg``: the trait's instructions as system turns, question *i* under pair *i* modulo their number; None for none.
         cache: SQLite file that keeps verdicts between runs.
         max_gen_toks: longest response, in tokens.
-        missing_limit: share of missing verdicts above which the run stops; refusals are none.
+        missing_limit: share of missing verdicts above which the run stops; refusals and responses without a marker are none.
     """
 
     trait: str
@@ -103,8 +122,13 @@ class TraitRun(Config):
         """Return what is asked about each response: the trait's question and that of coherence."""
         return trait.question(self.rubric), Question.of_kind("coherence")
 
+    @property
+    def judges_coherence(self) -> bool:
+        """Whether the judge that is named can say how coherent a response is; so can whoever stands in where none is named."""
+        return self.judge is None or answers_kind(self.judge, "coherence")
+
     def judges(self, trait: Trait, options: Mapping[str, Any]) -> TraitJudges | None:
-        """Return the judges, or None when no judge is named; ``options`` go to both.
+        """Return the judges, or None when no judge is named; ``options`` go to both. Coherence has none where the judge cannot judge it.
 
         Raises:
             JudgeError: when one cannot be built.
@@ -112,7 +136,14 @@ class TraitRun(Config):
         if self.judge is None:
             return None
         cache = None if self.cache is None else Path(self.cache)
-        return TraitJudges(*(make_judge(self.judge, question, cache=cache, **options) for question in self.questions(trait)))
+        asked, coherence = self.questions(trait)
+        expression = make_judge(self.judge, asked, cache=cache, **options)
+        return TraitJudges(expression, make_judge(self.judge, coherence, cache=cache, **options) if self.judges_coherence else None)
+
+
+def not_judged(judge: str) -> Verdict:
+    """Return the verdict on coherence of a judge that cannot judge it."""
+    return Verdict(missing=NOT_JUDGED, judge=judge, scale=Question.of_kind("coherence").bounds)
 
 
 class JudgedResponse(NamedTuple):
@@ -140,7 +171,7 @@ def response_values(record: Mapping[str, Any]) -> dict[str, float]:
         **{name: math.nan if place is None else float(number == place) for number, name in enumerate(SHARES)},
         "refusals": float(refused),
         "missing": float(math.isnan(score) and not refused),
-        "coherence_missing": float(coherence["score"] is None),
+        "coherence_missing": float(coherence["score"] is None and coherence["missing"] != NOT_JUDGED),
     }
 
 

@@ -1,4 +1,7 @@
-"""Traits as Persona Vectors publishes them: contrastive instructions, questions and a judge's prompt, for extraction and for evaluation."""
+"""Traits as Persona Vectors publishes them: contrastive instructions, questions and a judge's prompt, for extraction and for evaluation.
+
+The persona axes are traits, too, made from their contrast sets.
+"""
 
 import json
 import re
@@ -15,7 +18,9 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from steered_lm.config import Config, content_hash
 from steered_lm.content import content_dir
 from steered_lm.errors import JudgeError, UserError, near_misses
+from steered_lm.extract.contrast import ContrastSet, available_traits, load_contrast_set
 from steered_lm.judges.base import JudgeRequest
+from steered_lm.judges.eval_prompt import eval_prompt
 from steered_lm.judges.question import Question, trait_descriptions
 from steered_lm.judges.rubric import Rubric
 
@@ -25,6 +30,7 @@ PAIRS, QUESTIONS = 5, 20
 """How many instruction pairs and questions a published file has."""
 RubricName = Literal["auto", "ours", "file"]
 
+_CONTRAST_SETS = (".yaml", ".yml")
 _FOLDERS = {"extract": ("extract", "trait_data_extract"), "evaluate": ("eval", "trait_data_eval")}
 _ALIKE = 0.85  # of two questions' words and letters in order, from where on they ask the same
 _WORDS = re.compile(r"\w+")
@@ -78,11 +84,13 @@ class Trait(Config):
         name: its name.
         extract: the file for extraction.
         evaluate: the file for evaluation; its questions are never among those of extraction.
+        published: whether it is meant to be in the published form; a trait made from a contrast set has counts and ways of asking of its own.
     """
 
     name: str = Field(min_length=1)
     extract: TraitFile | None = None
     evaluate: TraitFile | None = None
+    published: bool = Field(default=True, exclude=True)
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
@@ -103,6 +111,8 @@ class Trait(Config):
     @property
     def remarks(self) -> tuple[str, ...]:
         """What is unlike the published files but allowed: other counts, questions that are asked twice, or nearly the same in both files."""
+        if not self.published:
+            return ()
         found = []
         for use, file in (("extraction", self.extract), ("evaluation", self.evaluate)):
             if file is not None and (len(file.instruction), len(file.questions)) != (PAIRS, QUESTIONS):
@@ -187,14 +197,18 @@ def load_trait(trait: str | Path, folder: str | Path | None = None) -> Trait:
     """Return a trait of ours, of the published repository, or of a user's own.
 
     Args:
-        trait: the name of one; or a ``.json`` file, named after its trait: for evaluation, or, where it lies in a folder ``eval`` or ``extract``,
-            read together with its partner; or a folder that holds one trait alone.
+        trait: the name of one, a persona axis included; or a contrast set's ``.yaml`` file (:func:`trait_of_contrast`); or a ``.json`` file,
+            named after its trait: for evaluation, or, where it lies in a folder ``eval`` or ``extract``, read together with its partner; or a
+            folder that holds one trait alone.
         folder: where the trait named lies: a folder that holds ``eval/<trait>.json`` and ``extract/<trait>.json`` (or, as published,
             ``trait_data_eval/`` and ``trait_data_extract/``). By default ours.
 
     Raises:
         TraitError: when there is no such trait, a file is malformed, or a question is in both files.
+        UserError: when a contrast set's file is missing or malformed.
     """
+    if folder is None and str(trait).endswith(_CONTRAST_SETS):
+        return trait_of_contrast(load_contrast_set(str(trait)))
     if folder is None and str(trait).endswith(".json"):
         return _of_file(Path(trait).expanduser())
     if folder is None and Path(trait).expanduser().is_dir():
@@ -205,13 +219,40 @@ def load_trait(trait: str | Path, folder: str | Path | None = None) -> Trait:
                 f"folder {str(folder)!r} holds {len(names)} traits: {', '.join(names) or 'none'}. Name the one that is meant, or its file."
             )
         trait = names[0]
+    if folder is None and str(trait) in available_traits():
+        return trait_of_contrast(load_contrast_set(str(trait)))
     root = ours() if folder is None else Path(folder).expanduser()
     files = _files(root, str(trait))
     if not any(files):
-        known = trait_names(root)
+        known = [*trait_names(root), *(available_traits() if folder is None else ())]
         where = "none of ours, no file and no folder" if folder is None else f"not in folder {str(root)!r}, in its folders eval and extract"
         raise TraitError(f"trait={str(trait)!r} is {where}. {near_misses(str(trait), known)}")
     return _made(str(trait), files)
+
+
+def trait_of_contrast(contrast: ContrastSet) -> Trait:
+    """Return the trait of a contrast set: extraction from what it builds on, evaluation from what it holds out.
+
+    It is described by us where it is a trait of ours, else by the contrast set.
+
+    Raises:
+        TraitError: when the contrast set holds finished texts, or nobody says what the trait means.
+    """
+    described = trait_descriptions().get(contrast.trait) or contrast.description.strip()
+    if contrast.instructions is None or contrast.questions is None:
+        raise TraitError(f"contrast set {contrast.trait!r} holds finished texts, and nothing to ask. Write instructions and questions.")
+    if not described:
+        raise TraitError(f"contrast set {contrast.trait!r} has no description, so a judge would not know what to look for. Add one.")
+    parts = {
+        use: {
+            "instruction": [pair.model_dump() for pair in getattr(contrast.instructions, split)],
+            "questions": getattr(contrast.questions, split),
+            "eval_prompt": eval_prompt(contrast.trait, described),
+            "description": described,
+        }
+        for use, split in (("extract", "build"), ("evaluate", "held_out"))
+    }
+    return Trait.parse({"name": contrast.trait, "published": False, **parts}, source=f"contrast set {contrast.trait!r}", error=TraitError)
 
 
 class _Files(NamedTuple):
@@ -282,5 +323,6 @@ def judge_needed(task: str) -> JudgeError:
     """Return the error for a trait's task that was given no judge."""
     return JudgeError(
         f"{task} needs a judge that can tell a trait from its absence, and none is given. Give judge=openai:<model> (any compatible endpoint, by "
-        "judge_base_url), anthropic:<model>, hf:<model> (a local one, offline) or a panel's file. There is no default."
+        "judge_base_url), anthropic:<model>, hf:<model> (a local one, offline) or a panel's file; for a persona axis also judge=markers (offline). "
+        "There is no default."
     )

@@ -3,9 +3,19 @@
 from importlib import import_module
 from typing import Any
 
-_EXPORTS = {"ReportData": "data", "load_report": "data", "Report": "page", "ReportFiles": "page", "build_report": "page", "render": "page"}
+_EXPORTS = {
+    "ReportData": "data",
+    "load_report": "data",
+    "Report": "page",
+    "ReportFiles": "page",
+    "build_report": "page",
+    "render": "page",
+    "CostData": "cost_data",
+    "load_cost": "cost_data",
+    "render_cost": "cost_page",
+}
 
-__all__ = ["Report", "ReportData", "ReportFiles", "build_report", "load_report", "render"]
+__all__ = ["CostData", "Report", "ReportData", "ReportFiles", "build_report", "load_cost", "load_report", "render", "render_cost"]
 
 
 def __getattr__(name: str) -> Any:

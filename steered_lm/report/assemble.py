@@ -100,7 +100,7 @@ def assemble(persona: "Persona", judge: Any, vectors: "TraitVectors", model: Mod
         vectors=_vectors(vectors),
         samples=_samples(findings.arms),
         settings=dict(findings.settings),
-        provenance=_provenance(findings, vectors),
+        provenance=_provenance_of(findings, vectors),
         seed=findings.seed,
     )
 
@@ -186,14 +186,19 @@ def _samples(arms: Sequence[ArmOutcome]) -> tuple[Sample, ...]:
     return tuple(found)
 
 
-def _provenance(findings: Findings, vectors: "TraitVectors") -> Provenance:
-    versions = {"python": platform.python_version(), **installed_versions("steered-lm", "lm-eval", "torch", "transformers", "cma", "scikit-learn")}
+def _provenance_of(findings: Findings, vectors: "TraitVectors") -> Provenance:
     hashes = {f"run {name}": result.run_id[:16] for name, result in findings.searches.items()}
     hashes |= {f"contrast set {trait}": digest[:16] for trait, digest in vectors.meta.contrast_sets.items()}
+    return provenance(hashes, findings.stages)
+
+
+def provenance(hashes: Mapping[str, str], stages: Mapping[str, float] | None = None) -> Provenance:
+    """Return where numbers come from: this command, its libraries, and hashes of what it read."""
+    versions = {"python": platform.python_version(), **installed_versions("steered-lm", "lm-eval", "torch", "transformers", "cma", "scikit-learn")}
     return Provenance(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=" ".join(["steered-lm", *sys.argv[1:]]),
         versions=versions,
-        stages=tuple(Stage(name=name, seconds=seconds) for name, seconds in findings.stages.items()),
-        hashes=hashes,
+        stages=tuple(Stage(name=name, seconds=seconds) for name, seconds in (stages or {}).items()),
+        hashes=dict(hashes),
     )

@@ -16,8 +16,8 @@ Json = dict[str, JsonValue]
 
 # Okabe & Ito's palette: told apart by readers with any common kind of colour vision.
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#007A5A", "#B2528F", "#2E86C1", "#6B7280"
-_CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY)
-_ZERO: Json = {"zeroline": True, "zerolinecolor": "#111827", "zerolinewidth": 1.5}
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+ZERO: Json = {"zeroline": True, "zerolinecolor": "#111827", "zerolinewidth": 1.5}
 
 
 class Figure(Config):
@@ -51,8 +51,8 @@ def _convergence(data: ReportData) -> Figure | None:
     traces = [t for t in data.searches if t.generations]
     if not traces:
         return None
-    drawn = [line for i, trace in enumerate(traces) for line in _search_lines(trace, _CYCLE[i % len(_CYCLE)], _trace_name(trace, traces))]
-    layout = _layout(380 + 24 * len(drawn), x=_axis("candidates evaluated"), y=_axis("judge score on tuning prompts"))
+    drawn = [line for i, trace in enumerate(traces) for line in _search_lines(trace, CYCLE[i % len(CYCLE)], _trace_name(trace, traces))]
+    layout = style_layout(380 + 24 * len(drawn), x=style_axis("candidates evaluated"), y=style_axis("judge score on tuning prompts"))
     alt = "Best score so far and generation mean against the number of candidates evaluated, one colour for each search."
     return Figure(name="convergence", alt=alt, data=drawn, layout=layout)
 
@@ -82,14 +82,14 @@ def _levels(data: ReportData, analysis: Analysis) -> Figure | None:
     names = [label(f"{a.name} ({a.missing} missing)" if a.missing else a.name) for a, _ in arms]
     dots: list[tuple[JsonValue, JsonValue]] = [(s, name) for name, (a, _) in zip(names, arms, strict=True) for s in a.scores if s is not None]
     drawn: list[Json] = [
-        _points([x for x, _ in dots], [y for _, y in dots], GREY, name="one prompt", size=7, opacity=0.4),
-        _bars([(name, s.score.low, s.score.high) for name, (_, s) in zip(names, arms, strict=True)], BLUE),
-        _points([s.score.value for _, s in arms], list(names), BLUE, name=f"mean and {data.confidence:.0%} interval", size=11),
+        draw_points([x for x, _ in dots], [y for _, y in dots], GREY, name="one prompt", size=7, opacity=0.4),
+        draw_bars([(name, s.score.low, s.score.high) for name, (_, s) in zip(names, arms, strict=True)], BLUE),
+        draw_points([s.score.value for _, s in arms], list(names), BLUE, name=f"mean and {data.confidence:.0%} interval", size=11),
     ]
     low, high = data.judge.scale
     margin = 0.03 * (high - low)
-    x = _axis(f"judge score ({low:g} to {high:g})", range=[low - margin, high + margin])
-    layout = _layout(_height(names), x=x, y=_rows(names))
+    x = style_axis(f"judge score ({low:g} to {high:g})", range=[low - margin, high + margin])
+    layout = style_layout(height_for(names), x=x, y=name_rows(names))
     return Figure(name="levels", alt="Judge scores of every arm: one dot a prompt, the mean and its interval.", data=drawn, layout=layout)
 
 
@@ -100,7 +100,7 @@ def _differences(data: ReportData, analysis: Analysis) -> Figure | None:
         "null: a system against itself": (GREY, list(analysis.null)),
     }
     rows = [(name, colour, [(_versus(c), c.difference) for c in found]) for name, (colour, found) in groups.items()]
-    x = _axis(f"difference in judge score ({data.confidence:.0%} interval)", **_ZERO)
+    x = style_axis(f"difference in judge score ({data.confidence:.0%} interval)", **ZERO)
     return _forest("differences", rows, x=x, alt="Paired differences between arms with intervals; an interval across zero shows no effect.")
 
 
@@ -112,7 +112,7 @@ def _versus(c: Comparison) -> str:
 def _capability(analysis: Analysis) -> Figure | None:
     shares = [c for c in analysis.capability if c.metric == "accuracy"]
     rows = [("steered minus unsteered", BLUE, [(label(f"{c.task}: {c.arm}", 24), c.difference) for c in shares])]
-    x = _axis("change in accuracy, paired interval", tickformat=".0%", **_ZERO)
+    x = style_axis("change in accuracy, paired interval", tickformat=".0%", **ZERO)
     return _forest("capability", rows, x=x, alt="Change in accuracy by steering for each task, with intervals.")
 
 
@@ -125,9 +125,9 @@ def _forest(name: str, groups: list[tuple[str, str, list[tuple[str, PairedDiffer
     drawn = []
     for title, colour, rows in groups:
         if rows:
-            drawn.append(_bars([(row, d.low, d.high) for row, d in rows], colour))
-            drawn.append(_points([d.mean for _, d in rows], [row for row, _ in rows], colour, name=title, size=10))
-    layout = _layout(_height(names), x=x | {"range": _range([d for _, _, rows in groups for _, d in rows])}, y=_rows(names))
+            drawn.append(draw_bars([(row, d.low, d.high) for row, d in rows], colour))
+            drawn.append(draw_points([d.mean for _, d in rows], [row for row, _ in rows], colour, name=title, size=10))
+    layout = style_layout(height_for(names), x=x | {"range": _range([d for _, _, rows in groups for _, d in rows])}, y=name_rows(names))
     return Figure(name=name, alt=alt, data=drawn, layout=layout | {"showlegend": len(drawn) > 2})
 
 
@@ -163,8 +163,8 @@ def _traits(data: ReportData, analysis: Analysis) -> Figure | None:
         "hovertemplate": "%{y}, %{x}: %{z:.2f}<extra></extra>",
         "colorbar": {"orientation": "h", "thickness": 10, "y": 1.02, "yanchor": "bottom", "tickvals": [low, (low + high) / 2.0, high]},
     }
-    columns = _axis(autotickangles=[0, 90], tickfont={"size": 12}, showgrid=False)
-    layout = _layout(_height([row for row, _ in rows]) + 70, x=columns, y=_axis(autorange="reversed", showgrid=False))
+    columns = style_axis(autotickangles=[0, 90], tickfont={"size": 12}, showgrid=False)
+    layout = style_layout(height_for([row for row, _ in rows]) + 70, x=columns, y=style_axis(autorange="reversed", showgrid=False))
     alt = "Mean trait level of every arm's replies; the first row is what the persona asks for."
     return Figure(name="traits", alt=alt, data=[heat], layout=layout)
 
@@ -175,13 +175,14 @@ def trait_names(data: ReportData) -> list[str]:
     return list(dict.fromkeys([t.name for t in data.persona.traits] + measured))
 
 
-def _points(x: list[Any], y: list[Any], colour: str, *, name: str, size: int, opacity: float = 1.0) -> Json:
+def draw_points(x: list[Any], y: list[Any], colour: str, *, name: str, size: int, opacity: float = 1.0) -> Json:
+    """Return markers."""
     marker: Json = {"color": colour, "size": size, "opacity": opacity}
     hover = "%{x:.2f}<extra>%{y}</extra>"
     return {"type": "scatter", "mode": "markers", "x": x, "y": y, "marker": marker, "name": html.escape(name), "hovertemplate": hover}
 
 
-def _bars(intervals: list[tuple[str, float | None, float | None]], colour: str) -> Json:
+def draw_bars(intervals: list[tuple[str, float | None, float | None]], colour: str) -> Json:
     """Draw intervals as lines between their own ends, so that the figure holds the very numbers of the JSON; None breaks the line."""
     known = [(row, low, high) for row, low, high in intervals if low is not None and high is not None]
     x: list[JsonValue] = [value for _, low, high in known for value in (low, high, None)]
@@ -190,11 +191,13 @@ def _bars(intervals: list[tuple[str, float | None, float | None]], colour: str) 
     return {"type": "scatter", "mode": "lines", "x": x, "y": y, "line": line, "showlegend": False, "hoverinfo": "skip"}
 
 
-def _rows(names: list[str]) -> Json:
-    return _axis(categoryorder="array", categoryarray=list(names), autorange="reversed")
+def name_rows(names: list[str]) -> Json:
+    """Return an axis of names, the first one on top."""
+    return style_axis(categoryorder="array", categoryarray=list(names), autorange="reversed")
 
 
-def _axis(title: str = "", **settings: JsonValue) -> Json:
+def style_axis(title: str = "", **settings: JsonValue) -> Json:
+    """Return an axis in the page's style."""
     base: Json = {
         "gridcolor": "#E5E7EB",
         "automargin": True,
@@ -205,12 +208,14 @@ def _axis(title: str = "", **settings: JsonValue) -> Json:
     return base | settings
 
 
-def _height(rows: list[str]) -> int:
+def height_for(rows: list[str]) -> int:
+    """Return a height in pixels that has room for these rows."""
     lines = max(row.count("<br>") + 1 for row in rows)
     return 130 + len(rows) * (16 * max(lines, 2) + 12)
 
 
-def _layout(height: int, *, x: Json, y: Json) -> Json:
+def style_layout(height: int, *, x: Json, y: Json) -> Json:
+    """Return a layout in the page's style."""
     return {
         "height": height,
         "margin": {"l": 8, "r": 12, "t": 12, "b": 14},

@@ -74,3 +74,8 @@ def difference(value: PairedDifference, *, share: bool = False, digits: int = 2)
 def count(number: int, noun: str) -> str:
     """Return ``1 item`` or ``12 items``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def setting(value: float | None) -> str:
+    """Return a swept setting's value, ``0.5``, with a real minus sign; nothing for None."""
+    return "" if value is None else f"{value:g}".replace("-", "\N{MINUS SIGN}")

@@ -227,6 +227,16 @@ def spliced_topic(rng: random.Random) -> str:
     return ("the " if rng.random() < 0.7 else "") + first[: rng.randint(1, len(first))].strip() + second[rng.randint(0, len(second) - 1) :].strip()
 
 
+def sample_topic(rng: random.Random, split: Split = "train", made_up: float = 0.0, spliced: float = 0.0) -> str:
+    """A topic of the split; `made_up` and `spliced` are the shares of those kinds."""
+    kind = rng.random()
+    if kind < made_up:
+        return made_up_topic(rng)
+    if kind < made_up + spliced:
+        return spliced_topic(rng)
+    return rng.choice(TOPICS_TRAIN if split == "train" else TOPICS_HELD_OUT)
+
+
 def sample_dialogue(rng: random.Random, split: Split = "train", made_up: float = 0.0, spliced: float = 0.0, favoured: str = "") -> Dialogue:
     """A dialogue about one or two topics.
 
@@ -241,13 +251,7 @@ def sample_dialogue(rng: random.Random, split: Split = "train", made_up: float =
     system = system_turn(asked, rng, split) if asked else None
     turns = []
     for _ in range(2 if rng.random() < 0.15 else 1):
-        kind = rng.random()
-        if kind < made_up:
-            topic = made_up_topic(rng)
-        elif kind < made_up + spliced:
-            topic = spliced_topic(rng)
-        else:
-            topic = rng.choice(TOPICS_TRAIN if split == "train" else TOPICS_HELD_OUT)
+        topic = sample_topic(rng, split, made_up, spliced)
         turns.append(Turn(user_prompt(topic, rng, split), sample_reply(topic, levels, rng)))
     return Dialogue(system, tuple(turns), asked)
 

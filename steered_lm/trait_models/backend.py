@@ -7,10 +7,14 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from steered_lm.config import Config
-from steered_lm.trait_models.experiment import Hyperparameters, TrainingSteering
+from steered_lm.trait_models.experiment import ExperimentError, Hyperparameters, TrainingSteering
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 FINISHED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
+
+
+class UnreachableError(ExperimentError):
+    """A service gave no usable answer, however often it was asked: nothing is known about the job, and asking later may well work."""
 
 
 class TrainRequest(Config):

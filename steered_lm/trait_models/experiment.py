@@ -192,12 +192,20 @@ class Experiment(Config):
     def rooted(self, folder: Path) -> Self:
         """Return the experiment with relative paths taken from ``folder``."""
         options = self.training.dataset_options
-        places = {
+        places: dict[str, Any] = {
             key: None if value is None else (folder / value.expanduser())
             for key, value in (("folder", options.folder), ("cache_dir", options.cache_dir))
         }
+        places["mixture"] = None if options.mixture is None else _rooted(options.mixture, folder)
         steering = self.training.steering
         changed: dict[str, Any] = {"dataset_options": options.model_copy(update=places)}
         if steering is not None:
             changed["steering"] = steering.model_copy(update={"spec": folder / steering.spec.expanduser()})
-        return self.model_copy(update={"training": self.training.model_copy(update=changed)})
+        models = tuple(model.model_copy(update={"dataset": _rooted(model.dataset, folder)}) for model in self.models)
+        return self.model_copy(update={"models": models, "training": self.training.model_copy(update=changed)})
+
+
+def _rooted(dataset: str, folder: Path) -> str:
+    """Return a data set's path taken from ``folder``; a name as it is."""
+    path = Path(dataset).expanduser()
+    return str(folder / path) if path.suffix or len(path.parts) > 1 else dataset

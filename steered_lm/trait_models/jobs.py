@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from steered_lm.errors import UserError
-from steered_lm.trait_models.backend import Backend, JobState, Status, TrainedModel, TrainRequest
+from steered_lm.trait_models.backend import Backend, JobState, Status, TrainedModel, TrainRequest, UnreachableError
 from steered_lm.trait_models.data import TrainingSet, training_set
 from steered_lm.trait_models.evaluation import detection_tasks
 from steered_lm.trait_models.experiment import Experiment, ExperimentError, TraitModel
@@ -131,8 +131,10 @@ class Jobs:
                 return ModelState(model, "running", detail="last seen running")
             try:
                 return _of_job(model, self.backend.poll(job.id, step.work))
-            except (UserError, OSError) as problem:
+            except (UnreachableError, OSError) as problem:
                 return ModelState(model, "running", error=f"the backend cannot be asked: {problem}")
+            except UserError as problem:  # such as a job that the service does not know
+                return ModelState(model, "failed", error=str(problem))
         if failure is not None:
             return ModelState(model, failure.status, error=failure.error)
         return ModelState(model, "not submitted")
