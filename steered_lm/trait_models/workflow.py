@@ -14,7 +14,9 @@ from steered_lm.trait_models.jobs import Jobs, ModelState, PlannedModel
 from steered_lm.trait_models.results import Cell, Results, cell, gather
 from steered_lm.trait_models.store import SUBMIT, Step
 
-_PAUSE = (0.2, 10.0)  # seconds between looks at running jobs: at first, and at most when nothing changes
+# seconds between looks at running jobs: at first, and at most; each is a fifth of the time since a job last changed, so that short jobs are seen soon
+_PAUSE = (0.2, 10.0)
+_GROWTH = 1.25
 
 Show = Callable[[Sequence[ModelState]], None]
 """Is told all models' states after each look at them."""
@@ -65,7 +67,7 @@ def train(
         if running:
             sleep(pause)
         before, states = states, jobs.states()
-        pause = _PAUSE[0] if [s.status for s in before] != [s.status for s in states] else min(1.25 * pause, _PAUSE[1])  # at most a fifth of the time that a job took
+        pause = _PAUSE[0] if [s.status for s in before] != [s.status for s in states] else min(_GROWTH * pause, _PAUSE[1])
 
 
 def _fill(jobs: Jobs, waiting: dict[Path, tuple[PlannedModel, int]], limit: int) -> list[ModelState]:
