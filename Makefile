@@ -17,7 +17,7 @@ setup: $(STAMP) ## create .venv with the project and all that its tests need
 $(STAMP): pyproject.toml constraints.txt hatch_build.py steered_lm.pth steered_lm.start
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[anthropic,dev,openai,peft,tinker]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[anthropic,dev,openai,peft,png,tinker]'
 	@touch $@
 
 demo: $(STAMP) ## tiny model, vectors, search, comparison and report in about three minutes

@@ -45,7 +45,7 @@ def prune(
 ) -> None:
     """Remove verdicts, which are then paid for again; conditions add up."""
     name, _, version = (rubric or "").partition("@")
-    before = None if older_than is None else time.time() - _seconds(older_than)
+    before = None if older_than is None else time.time() - seconds(older_than)
     chosen = CacheFilter(created_before=before, judge=judge, model=model, rubric=name or None, rubric_version=version or None, about=about)
     if chosen == CacheFilter():
         raise JudgeError("prune needs at least one of --older-than, --judge, --model, --rubric and --about. To drop everything, delete the file.")
@@ -97,7 +97,12 @@ def _size(file: Path) -> int:
     return sum(part.stat().st_size for part in (file, file.with_name(f"{file.name}-wal")) if part.exists())
 
 
-def _seconds(age: str) -> float:
+def seconds(age: str) -> float:
+    """Return an age such as ``30d`` in seconds.
+
+    Raises:
+        JudgeError: when it is none.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", age.strip())
     if not found:
         raise JudgeError(f"--older-than {age!r} is no age. Write a number and m (minutes), h (hours), d (days) or w (weeks), such as 30d.")

@@ -1,4 +1,4 @@
-"""``steered-lm traits``: new traits in the published form of Persona Vectors, and whether a file is in it."""
+"""``steered-lm traits``: new traits in the published form of Persona Vectors, whether a file is in it, and models trained to show a trait."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from steered_lm.commands.options import parse_options
+from steered_lm.commands.trait_models import mount
 
 console = Console(emoji=False)
-traits_app = typer.Typer(no_args_is_help=True, help="Write and check traits of your own: instructions, questions and a judge's prompt.")
+traits_app = typer.Typer(no_args_is_help=True, help="Write and check traits of your own; train models to show a trait, and measure them.")
+mount(traits_app)
 
 
 @traits_app.command("new")

@@ -208,7 +208,7 @@ def evaluate_candidates(lm: SteeredHFLM, tasks: Sequence[ChatTask], candidates: 
         raise RunError("candidates is empty; give at least one.")
     for task in tasks:
         task.candidates = tuple(candidates)
-    with _quiet(lm):
+    with quiet(lm):
         evaluate(lm, {"tasks": {task.task_name: task for task in tasks}}, limit=limit, bootstrap_iters=0, log_samples=False)
 
 
@@ -222,7 +222,7 @@ def seeded(lm: SteeredHFLM, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(lm: SteeredHFLM) -> Iterator[None]:
+def quiet(lm: SteeredHFLM) -> Iterator[None]:
     """Leave out lm-eval's progress bars and notices, of which a search would see several a generation."""
     theirs = logging.getLogger("lm_eval")
     level, quiet = theirs.level, lm.quiet

@@ -11,7 +11,7 @@ from steered_lm.chat import PromptFormat
 from steered_lm.config import Config
 from steered_lm.content import TINY_CHAT, resolve_model
 from steered_lm.engine.gemm import Gemm
-from steered_lm.errors import ModelError
+from steered_lm.errors import ModelError, require
 from steered_lm.steering.spec import INLINE_KEYS, SteeringSpec, spec_from_args
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class ProviderOptions(Config):
         gemm: library of float32 linear layers on the CPU: ``auto``, ``torch`` or ``onednn``.
         exact: the reference path: each reply by itself through the model's own ``generate``, with torch's own linear layers and no heed to
             ``memory_budget``.
+        peft: a LoRA adapter's folder or hub id.
         revision, trust_remote_code: as for ``from_pretrained``.
     """
 
@@ -61,6 +62,7 @@ class ProviderOptions(Config):
     memory_budget: int | float | str | None = None
     gemm: Gemm = "auto"
     exact: bool = False
+    peft: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
 
@@ -128,6 +130,11 @@ def load_model(name: str, options: ProviderOptions) -> Any:
         raise ModelError(
             f"model {name!r} cannot be loaded: {error} Allowed: steered-hf/<hub id>, steered-hf/<folder>, or steered-hf/{TINY_CHAT}."
         ) from error
+    if options.peft is not None:
+        try:
+            model = require("peft", "peft").PeftModel.from_pretrained(model, options.peft)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"peft={options.peft!r} cannot be loaded: {error} Allowed: a LoRA adapter's folder or hub id.") from error
     placed: Any = model if spread else model.to(options.device or _best_device())  # type: ignore[arg-type]
     return placed.eval()
 

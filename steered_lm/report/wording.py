@@ -34,11 +34,11 @@ def p_value(value: float | None) -> str:
     return NOTHING if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def span(low: float | None, high: float | None, *, sign: bool = False) -> str:
+def span(low: float | None, high: float | None, *, sign: bool = False, digits: int = 2) -> str:
     """Return an interval as ``1.20 to 2.30``; a dash when there is none."""
     if low is None or high is None:
         return NOTHING
-    return f"{signed(low)} to {signed(high)}" if sign else f"{plain(low)} to {plain(high)}"
+    return f"{signed(low, digits)} to {signed(high, digits)}" if sign else f"{plain(low, digits)} to {plain(high, digits)}"
 
 
 def span_points(low: float | None, high: float | None) -> str:
@@ -51,24 +51,24 @@ def span_percent(low: float | None, high: float | None) -> str:
     return NOTHING if low is None or high is None else f"{plain(100.0 * low, 0)} to {percent(high)}"
 
 
-def estimate(value: Estimate | None, *, share: bool = False) -> str:
+def estimate(value: Estimate | None, *, share: bool = False, digits: int = 2) -> str:
     """Return ``2.10 (1.80 to 2.40)``, or the number alone when it has no interval."""
     if value is None or value.value is None:
         return NOTHING
-    number = percent(value.value) if share else plain(value.value)
+    number = percent(value.value) if share else plain(value.value, digits)
     if value.low is None:
         return f"{number} (no interval)"
-    return f"{number} ({(span_percent if share else span)(value.low, value.high)})"
+    return f"{number} ({span_percent(value.low, value.high) if share else span(value.low, value.high, digits=digits)})"
 
 
-def difference(value: PairedDifference, *, share: bool = False) -> str:
+def difference(value: PairedDifference, *, share: bool = False, digits: int = 2) -> str:
     """Return ``+1.80 (+1.20 to +2.30)``, or the number alone when it has no interval."""
     if value.mean is None:
         return NOTHING
-    number = points(value.mean) if share else signed(value.mean)
+    number = points(value.mean) if share else signed(value.mean, digits)
     if value.low is None:
         return f"{number} (no interval)"
-    return f"{number} ({span_points(value.low, value.high) if share else span(value.low, value.high, sign=True)})"
+    return f"{number} ({span_points(value.low, value.high) if share else span(value.low, value.high, sign=True, digits=digits)})"
 
 
 def count(number: int, noun: str) -> str:

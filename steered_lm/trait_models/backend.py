@@ -113,7 +113,9 @@ class Backend(Protocol):
     def submit(self, request: TrainRequest, folder: Path) -> str:
         """Start the job, or go on with what an earlier one left in ``folder``, and return its id.
 
-        ``folder`` is the job's own and survives crashes; the workflow has made it and holds its lock.
+        ``folder`` is the job's own and survives crashes; the workflow has made it and holds its lock. A crash may come between this call's end and
+        the workflow's note of the id, so a job that ``folder`` knows to be under way, or to have succeeded, is returned again; one that failed or was
+        cancelled is started anew, from its checkpoint where there is one. What cannot be done is raised as a ``UserError`` or ``OSError``.
         """
         ...
 

@@ -1,0 +1,72 @@
+"""A model's trait scores question by question, by Inspect in this process."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from inspect_ai import eval as inspect_eval
+from inspect_ai.log import EvalSample
+from inspect_ai.model import Model, get_model
+
+from steered_lm.errors import RunError
+from steered_lm.inspect_plugin.traits import pv_trait
+from steered_lm.judges.items import JudgedItem
+from steered_lm.judges.trait_run import TraitRun
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+_SCORER = "trait_expression"
+
+
+def open_model(name: str, model_args: Mapping[str, Any]) -> Model:
+    """Return a model for several evaluations; as a context manager it lets go of what it loaded, which Inspect's own table of models never does.
+
+    Raises:
+        RefusalError: when it cannot be loaded.
+    """
+    return get_model(name, memoize=False, **model_args)
+
+
+def judged_items(
+    model: str | Model,
+    run: TraitRun,
+    judge_options: Mapping[str, Any],
+    *,
+    model_args: Mapping[str, Any] = NOTHING,
+    log_dir: Path,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[JudgedItem]:
+    """Return the trait's questions with their scores, in order.
+
+    Args:
+        model: its name in Inspect, such as ``openai/<model>``, or one that :func:`open_model` gave.
+        run: how the trait is measured.
+        judge_options: further options of the judge.
+        model_args: what the provider of a model that is given by name takes.
+        log_dir: gets Inspect's log.
+        limit: most questions; None takes all.
+        seed: of responses that are sampled.
+
+    Raises:
+        RunError: when the evaluation ends in an error.
+        RefusalError: when model, trait or judge cannot be had.
+    """
+    settings = run.model_dump(mode="json", exclude={"trait", "max_gen_toks"}, exclude_none=True)
+    options = {**settings, "max_tokens": run.max_gen_toks, **{f"judge_{name}": value for name, value in judge_options.items()}}
+    drawn: dict[str, Any] = {"seed": seed} if run.heat else {}  # not every service takes a seed, and greedy replies need none
+    (log,) = inspect_eval(
+        pv_trait(trait=run.trait, **options), model=model, model_args=dict(model_args), log_dir=str(log_dir), display="none", limit=limit, **drawn
+    )
+    if log.status != "success" or log.samples is None:
+        said = "no reason given" if log.error is None else log.error.message
+        raise RunError(f"the evaluation of {str(model)!r} in Inspect ended with status {log.status!r}: {said}. Its log: {log.location}.")
+    samples: dict[str, list[EvalSample]] = {}
+    for sample in log.samples:
+        samples.setdefault(str(sample.id), []).append(sample)
+    return [_item(name, sorted(own, key=lambda sample: sample.epoch)) for name, own in sorted(samples.items())]
+
+
+def _item(name: str, samples: list[EvalSample]) -> JudgedItem:
+    scores = [(sample.scores or {})[_SCORER] for sample in samples]
+    return JudgedItem.of(name, [score.metadata or {} for score in scores], [score.answer or "" for score in scores])
