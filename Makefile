@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench wheel clean
+.PHONY: help setup demo demo-traits test lint bench wheel clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(STAMP) ## create .venv with the project and all that its tests need
 
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py steered_lm.pth steered_l
 
 demo: $(STAMP) ## tiny model, vectors, search, comparison and report in about three minutes
 	$(BIN)/steered-lm demo
+
+demo-traits: $(STAMP) ## nine tiny models trained, measured and drawn; steered against trained against prompted
+	$(BIN)/steered-lm traits demo
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

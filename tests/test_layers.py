@@ -12,7 +12,7 @@ LAYERS = {
     **dict.fromkeys(("__init__", "errors", "config", "content", "chat", "stats", "_content"), 0),
     **dict.fromkeys(("benchmarks", "steering", "extract", "engine", "judges", "lamp", "measure", "persona", "search", "tiny_chat"), 1),
     **dict.fromkeys(("harness", "inspect_plugin", "report", "trait_models"), 2),
-    **dict.fromkeys(("cli", "_autoload", "arms", "cost", "demo", "progress", "study", "commands"), 3),
+    **dict.fromkeys(("cli", "_autoload", "arms", "cost", "demo", "progress", "study", "trait_demo", "commands"), 3),
 }
 ROOM_OF_LIBRARY = {"lm_eval": "harness", "inspect_ai": "inspect_plugin"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -118,9 +118,16 @@ def results(
         console.print(f"[yellow]no PNG:[/yellow] {escape(str(problem))}", soft_wrap=True)
 
 
+def demo(out: Annotated[Path, typer.Option(help="Folder for everything; a second run reuses what is there.")] = Path("demo-traits")) -> None:
+    """Train nine tiny models, measure and draw them, then compare steering with training and prompting: minutes on two cores, offline."""
+    from steered_lm.trait_demo import run_trait_demo
+
+    run_trait_demo(out, console)
+
+
 def mount(app: typer.Typer) -> None:
     """Add these commands to ``steered-lm traits``."""
-    for command in (example, train, status, evaluate, results, cancel):
+    for command in (example, train, status, evaluate, results, cancel, demo):
         app.command(command.__name__)(command)
     app.add_typer(steps_app, name="cache")
 
