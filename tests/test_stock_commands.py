@@ -185,3 +185,14 @@ def test_both_harnesses_run_truthfulqa_and_mmlu_on_local_files(bench):
     lm_eval = [json.loads(line)["doc"]["id"] for line in file.read_text().splitlines()]
     (inspect,) = [log for log in logs if log["eval"]["task"] == "steered_lm/truthfulqa_mc1"]
     assert sorted(lm_eval) == sorted(sample["id"] for sample in inspect["samples"])
+
+
+def test_cost_measures_a_sweep_and_writes_its_page(bench):
+    folder, run = bench
+    arguments = ("--task", "tiny_knowledge", "--trait", "formality", "--text", "none", "--limit", "6", "--out", "cost")
+    said = run("steered-lm", "cost", "--steering", "spec.yaml", "--sweep", "alpha=0.4,2", *arguments).stdout
+    assert "alpha 2" in said
+    assert (folder / "cost" / "cost.html").stat().st_size > 1e6
+    data = json.loads((folder / "cost" / "cost.json").read_text())["data"]
+    assert [arm["name"] for arm in data["arms"]] == ["unsteered", "spec, alpha 0.4", "spec, alpha 2"]
+    assert {measure["name"] for measure in data["measures"]} >= {"tiny_knowledge", "trait formality"}
