@@ -103,14 +103,14 @@ def _compared(out: Path, states: "list[ModelState]", console: Console) -> "CostF
             build(ModelConfig(), [TRAIT], "auto", vectors, progress=bar)
     (layer,) = _layers(vectors)
     spec = SteeringSpec(vectors=VectorsRef.to(vectors), weights={TRAIT: 1.0}, layers=(layer,), alpha=0.4).save(out / "steered.yaml")
-    adapters = [Path(s.trained.peft) for s in states if s.model.trait == TRAIT and s.model.strength != "baseline" and s.trained and s.trained.peft]
+    adapters = {s.model.strength: Path(s.trained.peft) for s in states if s.model.trait == TRAIT and s.trained and s.trained.peft}
     config = CostConfig(
         model=ModelConfig(model=TINY_CHAT),
         steering=(spec,),
         out=out / "cost",
         sweep=SWEEP,
         traits=(TRAIT,),
-        peft=tuple(adapters),
+        peft=adapters,
         system=(SYSTEM,),
         samples=SAMPLES,
         tolerance=0.05,

@@ -260,24 +260,24 @@ def test_a_trained_and_a_prompted_model_answer_the_same_items(spec, tmp_path):
     trained = tmp_path / "trained"
     save_adapter(trained, scale=0.5)
     system = "Use formal wording in every sentence."
-    chosen = {"traits": ("formality",), "text": "tiny_talk", "peft": (trained,), "system": (system,), "sweep": "alpha=0.5,1"}
+    chosen = {"traits": ("formality",), "text": "tiny_talk", "peft": {"mild": trained}, "system": (system,), "sweep": "alpha=0.5,1"}
     data = run_cost(settings(spec, tmp_path, **chosen))
-    names = [UNSTEERED, "formal, alpha 0.5", "formal, alpha 1", f"prompted: {system}", "trained: trained"]
+    names = [UNSTEERED, "formal, alpha 0.5", "formal, alpha 1", f"prompted: {system}", "trained: mild"]
     assert [arm.name for arm in data.arms] == names
     knowledge, formality, perplexity, kl = data.measures[:4]
     assert list(knowledge.values) == list(formality.values) == names
     assert list(perplexity.values) == [name for name in names if not name.startswith("prompted")], "a text has no system turn"
     assert list(kl.values) == names[:3]
-    assert perplexity.values["trained: trained"] != perplexity.values[UNSTEERED]
+    assert perplexity.values["trained: mild"] != perplexity.values[UNSTEERED]
     analysis = analyse_cost(data)
     assert analysis.change(f"prompted: {system}", "trait formality").difference.mean > 10
     unadapted = tmp_path / "same"
     save_adapter(unadapted, scale=0.0)
-    same = run_cost(settings(spec, tmp_path, **{**chosen, "peft": (unadapted,)}))
+    same = run_cost(settings(spec, tmp_path, **{**chosen, "peft": {"same": unadapted}}))
     for measure in same.measures[:3]:
         assert measure.values["trained: same"] == pytest.approx(measure.values[UNSTEERED], rel=1e-5)
     with pytest.raises(UserError, match=r"peft='.*nowhere' holds no adapter"):
-        run_cost(settings(spec, tmp_path, peft=(tmp_path / "nowhere",)))
+        run_cost(settings(spec, tmp_path, peft={"x": tmp_path / "nowhere"}))
 
 
 def save_adapter(folder, scale):

@@ -11,6 +11,7 @@ from steered_lm.commands.model import BatchSize, Device, Dtype, ModelName, Promp
 from steered_lm.commands.options import JudgeOptions, parse_options
 from steered_lm.commands.tables import table
 from steered_lm.content import TINY_CHAT
+from steered_lm.errors import UserError
 from steered_lm.measure.texts import as_split
 from steered_lm.progress import StepBar
 
@@ -36,7 +37,7 @@ def cost(
     trait: Annotated[list[str], typer.Option(help="Also how strongly responses show a trait: evil, formality, … or a trait's file.")] = [],  # noqa: B006
     persona: Annotated[str | None, typer.Option(help="Also how well responses fit a persona.")] = None,
     persona_split: Annotated[str, typer.Option(help="Which of its prompts.")] = "test",
-    peft: Annotated[list[Path], typer.Option(help="Also the model trained: an adapter's folder, without steering; again for more.")] = [],  # noqa: B006
+    peft: Annotated[list[str], typer.Option(help="Also the model trained: name=folder of an adapter, without steering; again for more.")] = [],  # noqa: B006
     system: Annotated[list[str], typer.Option(help="Also the model prompted: a system turn, without steering; again for more.")] = [],  # noqa: B006
     side_effects: Annotated[
         bool, typer.Option("--side-effects", help="Also each vector of the first spec's file by itself: what it does to every --trait.")
@@ -80,7 +81,7 @@ def cost(
         "out": out,
         "sweep": sweep,
         "kl": kl,
-        "peft": peft,
+        "peft": _adapters(peft),
         "system": system,
         "tasks": task,
         "traits": trait,
@@ -112,6 +113,18 @@ def cost(
     _show(build_cost(found))
     files = render_cost(found, out)
     console.print(f"page:  {files.html.resolve()}\ntable: {files.csv}\ndata:  {files.json}", soft_wrap=True, highlight=False)
+
+
+def _adapters(given: list[str]) -> dict[str, str]:
+    """Return adapters' folders by name; without a name it is the folder's own."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, sign, folder = text.partition("=")
+        folder, name = (folder, name) if sign else (text, Path(text).name)
+        if not name or not folder or name in found:
+            raise UserError(f"--peft {text!r}: each adapter needs a folder and a name of its own. Write --peft severe=runs/severe/adapter.")
+        found[name] = folder
+    return found
 
 
 def _show(report: "CostReport") -> None:

@@ -99,9 +99,8 @@ def prompted_arm(system: str) -> Arm:
     return Arm(CostArm(name=f"prompted: {short}", series=f"prompted: {short}", settings={"system turn": system}), system=system)
 
 
-def trained_arm(adapter: Path) -> Arm:
-    """Return the arm of a model that was trained: an adapter's folder, or the folder of a job with one, without steering."""
-    name = adapter.resolve().parent.name if adapter.name == "adapter" else adapter.name
+def trained_arm(name: str, adapter: Path) -> Arm:
+    """Return the arm of a model that was trained, without steering, by its adapter's folder."""
     return Arm(CostArm(name=f"trained: {name}", series=f"trained: {name}", settings={"adapter": str(adapter)}))
 
 

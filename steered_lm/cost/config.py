@@ -19,7 +19,7 @@ class CostConfig(Config):
         out: folder for the page, its numbers, and finished measurements.
         sweep: one setting at several values, such as ``alpha=0:3:0.5``; None compares the specs as they are.
         kl: every spec is taken at the alpha that is this far from the unsteered model on ``text``, nats a token.
-        peft: folders of adapters: each is the model trained, without steering, as one more arm.
+        peft: folders of adapters, by the names that they get: each is the model trained, without steering, as one more arm.
         system: system turns: each is the unsteered model prompted, as one more arm.
         tasks: what is answered; empty takes MMLU and TruthfulQA, or the tiny model's own sets.
         traits: measured by their tasks: the seven of Persona Vectors, the five persona axes, or a trait's file.
@@ -44,7 +44,7 @@ class CostConfig(Config):
     out: Path
     sweep: str | None = None
     kl: float | None = Field(default=None, gt=0)
-    peft: tuple[Path, ...] = ()
+    peft: dict[str, Path] = Field(default_factory=dict)
     system: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     traits: tuple[str, ...] = ()

@@ -51,9 +51,7 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     specs = load_specs(config.steering)
     sweeps = {name: None if config.sweep is None else Sweep.of_text(config.sweep, spec) for name, spec in specs.items()}
     plans = _plans(config)
-    adapters = {folder: adapter_digest(folder) for folder in config.peft}
-    trained = [trained_arm(folder) for folder in adapters]
-    _distinct("peft", [arm.name for arm in trained])
+    adapters = {name: adapter_digest(folder) for name, folder in config.peft.items()}
     lm = load_lm(config.model)
     for spec in specs.values():
         lm.steerer.compile(spec)
@@ -69,17 +67,20 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     counter = _Counter(progress, (1 + len(adapters)) * (sum(len(one.tasks) for one in loaded) + (base.text is not None)))
     results = _measured(base, loaded, arms, counter)
     info = _model_info(config, base)
-    for arm, (folder, digest) in zip(trained, adapters.items(), strict=True):
-        model = load_lm(config.model, peft=str(folder))
+    trained = [trained_arm(name, folder) for name, folder in config.peft.items()]
+    for arm, (name, digest) in zip(trained, adapters.items(), strict=True):
+        model = load_lm(config.model, peft=str(config.peft[name]))
         more = _measured(Measuring(config, model, cells, base.text, adapter=digest), loaded, [arm], counter)
-        for name, found in more.items.items():
-            results.items[name].update(found)
+        for what, found in more.items.items():
+            results.items[what].update(found)
         results.perplexity.update(more.perplexity)
     counter.end()
     logger.info("%d measurements made, %d reused from %s", cells.made, cells.reused, cells.folder)
     every = [*arms, *trained]
     measures, replies = _gathered(loaded, results, base.text.name if base.text else "", [arm.name for arm in every if arm.main])
-    hashes = {f"spec {name}": spec.digest[:16] for name, spec in specs.items()} | {f"adapter {f.name}": digest[:16] for f, digest in adapters.items()}
+    hashes = {f"spec {name}": spec.digest[:16] for name, spec in specs.items()} | {
+        f"adapter {name}": digest[:16] for name, digest in adapters.items()
+    }
     return CostData(
         title=f"What steering {config.model.model} buys and costs",
         model=info,
@@ -151,14 +152,10 @@ def _plans(config: CostConfig) -> list[Planned]:
     plans += [plan_trait(trait) for trait in config.traits]
     if config.persona is not None:
         plans.append(plan_task("persona_judge"))
-    _distinct("tasks and traits", [plan.name for plan in plans])
-    return plans
-
-
-def _distinct(what: str, names: Sequence[str]) -> None:
-    repeated = [name for name, count in Counter(names).items() if count > 1]
+    repeated = [name for name, count in Counter(plan.name for plan in plans).items() if count > 1]
     if repeated:
-        raise UserError(f"{what}: {repeated[0]!r} is asked for twice. Name each once.")
+        raise UserError(f"{repeated[0]!r} is asked for twice. Name each task and trait once.")
+    return plans
 
 
 def _metadata(config: CostConfig, plan: Planned) -> dict[str, Any]:
