@@ -91,7 +91,7 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
         perplexity_tolerance=config.perplexity_tolerance,
         samples=replies,
         settings=_settings(config),
-        provenance=provenance(hashes),
+        provenance=provenance({what: digest[:16] for what, digest in digests.items()}),
         seed=config.seed,
     )
 
