@@ -78,9 +78,7 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     logger.info("%d measurements made, %d reused from %s", cells.made, cells.reused, cells.folder)
     every = [*arms, *trained]
     measures, replies = _gathered(loaded, results, base.text.name if base.text else "", [arm.name for arm in every if arm.main])
-    hashes = {f"spec {name}": spec.digest[:16] for name, spec in specs.items()} | {
-        f"adapter {name}": digest[:16] for name, digest in adapters.items()
-    }
+    digests = {f"spec {name}": spec.digest for name, spec in specs.items()} | {f"adapter {name}": digest for name, digest in adapters.items()}
     return CostData(
         title=f"What steering {config.model.model} buys and costs",
         model=info,
