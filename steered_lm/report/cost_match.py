@@ -17,7 +17,7 @@ class Match(Config):
     Attributes:
         benefit: the score by which they are matched.
         arm: the arm that is not steered.
-        steered: the nearest steered arm of a series.
+        steered: the nearest steered arm of a series, or the unsteered model where that is nearer.
         near: whether the two means are at most 5 % of the scale apart.
         gap: steered minus ``arm`` on that score.
         costs: steered minus ``arm`` on every cost that both have; corrected over all matches.
@@ -40,10 +40,11 @@ def matches(data: CostData) -> list[Match]:
     series = {name: arms for name, arms in data.series.items() if all(arm.digest is not None for arm in arms)}
     costs = [measure for measure in data.measures if measure.role == "cost"]
     found = []
+    unsteered = data.arms[0]
     for benefit in (measure for measure in data.measures if measure.role == "benefit" and measure.scale is not None):
         for other in (arm for arm in others if arm.name in benefit.values):
             for arms in series.values():
-                nearest = _nearest(data, benefit, other, arms)
+                nearest = _nearest(data, benefit, other, [unsteered, *arms])
                 if nearest is not None:
                     found.append(_match(data, benefit, other, nearest, costs))
     corrected = iter(holm([change.difference.p_value for match in found for change in match.costs]))
