@@ -9,6 +9,7 @@ from steered_lm.extract.activations import Row, collect, recorded
 from steered_lm.extract.build import ExtractConfig, build_vectors
 from steered_lm.extract.contrast import ContrastSet, available_traits, load_contrast_set, load_pair_lists
 from steered_lm.extract.directions import describe, direction
+from steered_lm.judges.traits import TRAITS, load_trait
 from steered_lm.steering.blocks import find_blocks
 from steered_lm.steering.vectors import TraitVectors
 
@@ -76,6 +77,40 @@ def test_the_older_pair_list_format_is_read(tmp_path):
     (tmp_path / "bad.json").write_text("[1]")
     with pytest.raises(UserError, match="is not a pair list"):
         load_pair_lists(tmp_path / "bad.json")
+
+
+def published(folder, name, questions, pairs=3):
+    file = folder / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    instruction = [{"pos": f"be {i}", "neg": f"do not be {i}"} for i in range(pairs)]
+    file.write_text(json.dumps({"instruction": instruction, "questions": questions, "eval_prompt": "{question} {answer}"}))
+    return file
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_the_traits_of_persona_vectors_are_contrast_sets_that_hold_out_a_pair_and_the_evaluation_s_questions(trait):
+    found, files = load_contrast_set(trait), load_trait(trait)
+    assert found.trait == trait
+    assert found.description == files.description
+    assert found.questions.build == files.extract.questions
+    assert found.questions.held_out == files.evaluate.questions
+    pairs = [(pair.pos, pair.neg) for pair in files.extract.instruction]
+    assert [(pair.pos, pair.neg) for pair in found.instructions.build] == pairs[:-1]
+    assert [(pair.pos, pair.neg) for pair in found.instructions.held_out] == pairs[-1:]
+    assert len(found.pairs("held_out", 60)) == 20
+
+
+def test_a_file_in_the_published_form_is_a_contrast_set_and_alone_holds_out_a_quarter_of_its_questions(tmp_path):
+    whole = [f"question {i}?" for i in range(8)]
+    alone = load_contrast_set(str(published(tmp_path, "odd", whole)))
+    assert (alone.trait, alone.questions.build, alone.questions.held_out) == ("odd", tuple(whole[:6]), tuple(whole[6:]))
+    published(tmp_path / "eval", "odd", ["another?"])
+    both = load_contrast_set(str(published(tmp_path / "extract", "odd", whole)))
+    assert (both.questions.build, both.questions.held_out) == (tuple(whole), ("another?",))
+    with pytest.raises(UserError, match="too little to hold some of it out"):
+        load_contrast_set(str(published(tmp_path, "small", whole, pairs=1)))
+    with pytest.raises(UserError, match=r"'evli' has no contrast set\..*Did you mean 'evil'"):
+        load_contrast_set("evli")
 
 
 def test_overlapping_splits_are_refused():
