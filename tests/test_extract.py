@@ -9,7 +9,8 @@ from steered_lm.extract.activations import Row, collect, recorded
 from steered_lm.extract.build import ExtractConfig, build_vectors
 from steered_lm.extract.contrast import ContrastSet, available_traits, load_contrast_set, load_pair_lists
 from steered_lm.extract.directions import describe, direction
-from steered_lm.judges.traits import TRAITS, load_trait
+from steered_lm.judges.traits import TRAITS as PUBLISHED
+from steered_lm.judges.traits import load_trait
 from steered_lm.steering.blocks import find_blocks
 from steered_lm.steering.vectors import TraitVectors
 
@@ -87,7 +88,7 @@ def published(folder, name, questions, pairs=3):
     return file
 
 
-@pytest.mark.parametrize("trait", TRAITS)
+@pytest.mark.parametrize("trait", PUBLISHED)
 def test_the_traits_of_persona_vectors_are_contrast_sets_that_hold_out_a_pair_and_the_evaluation_s_questions(trait):
     found, files = load_contrast_set(trait), load_trait(trait)
     assert found.trait == trait
