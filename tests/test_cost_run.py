@@ -243,7 +243,7 @@ def test_a_judge_that_fails_stops_the_run_and_what_was_finished_stays(spec, tmp_
     server = FaultServer(lambda number, body, headers: says("I would rather not say a number"))
     try:
         chosen = settings(spec, tmp_path, traits=("evil",), judge="openai:m", judge_options={"base_url": server.url}, limit=3)
-        with pytest.raises(JudgeError, match=r"pv_evil: 6 of 6 verdicts are missing \(100%; limit 20%\).*Finished tasks are kept"):
+        with pytest.raises(JudgeError, match=r"pv_evil: 6 of 6 verdicts of trait score are missing \(100%; limit 20%\).*Finished tasks are kept"):
             run_cost(chosen)
         calls = counted(monkeypatch)
         server.script = lambda number, body, headers: guesses({"40": -0.1, "60": -3.0})
@@ -253,6 +253,29 @@ def test_a_judge_that_fails_stops_the_run_and_what_was_finished_stays(spec, tmp_
     assert [task for task, _ in calls] == ["pv_evil"]
     evil = next(measure for measure in data.measures if measure.trait == "evil")
     assert all(value is not None for values in evil.values.values() for value in values)
+
+
+def of_coherence(body):
+    """Whether a judge is asked about coherence, and not about the trait."""
+    return "coheren" in json.dumps(body["messages"]).lower()
+
+
+def test_what_is_missing_of_coherence_is_told_apart_from_what_is_missing_of_the_trait(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = FaultServer(lambda number, body, headers: guesses({"Well": -0.1} if of_coherence(body) else {"40": -0.1, "60": -3.0}))
+    try:
+        chosen = settings(spec, tmp_path, traits=("evil",), judge="openai:m", judge_options={"base_url": server.url}, limit=3)
+        with pytest.raises(JudgeError, match=r"pv_evil: 6 of 6 verdicts of coherence are missing \(100%; limit 20%\), 6 because: probability 0.00 on score tokens"):
+            run_cost(chosen)
+        data = run_cost(chosen.model_copy(update={"missing_limit": 1.0}))
+    finally:
+        server.close()
+    evil, coherence = (next(measure for measure in data.measures if measure.name == name) for name in ("trait evil", "coherence (evil)"))
+    assert evil.reasons == {UNSTEERED: {}, "formal": {}}
+    assert set(coherence.values["formal"]) == {None}
+    assert [sum(coherence.reasons[arm].values()) for arm in (UNSTEERED, "formal")] == [3, 3]
+    assert data.samples[0].replies[0].missing is None, "the reply has a score of the trait"
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own use of transformers

@@ -36,7 +36,7 @@ class Cells:
     @staticmethod
     def key(**facts: Any) -> str:
         """Return the name of a measurement that is decided by these facts."""
-        return content_hash({"format": 1, **facts})
+        return content_hash({"format": 2, **facts})
 
     def get(self, key: str, kind: type[Kept]) -> Kept | None:
         """Return a measurement, None when it is not there; a damaged file is as good as none."""

@@ -153,11 +153,14 @@ def _digest(arm: Arm) -> Any:
 
 
 def _check_judged(task: str, found: Mapping[str, Sequence[ItemResult]], limit: float) -> None:
-    reasons = [reason for items in found.values() for item in items for reason in item.missing if reason not in _FINDINGS]
-    asked = sum(max(len(item.responses), 1) for items in found.values() for item in items)
-    if len(reasons) > limit * asked:
-        worst, count = Counter(reasons).most_common(1)[0]
-        raise JudgeError(
-            f"{task}: {len(reasons)} of {asked} verdicts are missing ({len(reasons) / asked:.0%}; limit {limit:.0%}), {count} because: {worst}. "
-            "Finished tasks are kept: mend the judge and run the same command again."
-        )
+    every = [item for items in found.values() for item in items]
+    asked = sum(max(len(item.responses), 1) for item in every)
+    for metric in dict.fromkeys(name for item in every for name in item.missing):
+        reasons = [reason for item in every for reason in item.missing.get(metric, ()) if reason not in _FINDINGS]
+        if len(reasons) > limit * asked:
+            worst, count = Counter(reasons).most_common(1)[0]
+            raise JudgeError(
+                f"{task}: {len(reasons)} of {asked} verdicts of {metric.replace('_', ' ')} are missing ({len(reasons) / asked:.0%}; "
+                f"limit {limit:.0%}), {count} because: {worst}. Finished tasks are kept: mend the judge and run the same command again, "
+                "or accept more by missing_limit."
+            )
