@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import warnings
 
 import peft
 import pytest
@@ -266,7 +267,7 @@ def test_what_is_missing_of_coherence_is_told_apart_from_what_is_missing_of_the_
     server = FaultServer(lambda number, body, headers: guesses({"Well": -0.1} if of_coherence(body) else {"40": -0.1, "60": -3.0}))
     try:
         chosen = settings(spec, tmp_path, traits=("evil",), judge="openai:m", judge_options={"base_url": server.url}, limit=3)
-        with pytest.raises(JudgeError, match=r"pv_evil: 6 of 6 verdicts of coherence are missing \(100%; limit 20%\), 6 because: probability 0.00 on score tokens"):
+        with pytest.raises(JudgeError, match=r"pv_evil: 6 of 6 verdicts of coherence are missing \(100%; limit 20%\), 6 because: probability 0.00"):
             run_cost(chosen)
         data = run_cost(chosen.model_copy(update={"missing_limit": 1.0}))
     finally:
@@ -278,7 +279,6 @@ def test_what_is_missing_of_coherence_is_told_apart_from_what_is_missing_of_the_
     assert data.samples[0].replies[0].missing is None, "the reply has a score of the trait"
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own use of transformers
 def test_a_trained_and_a_prompted_model_answer_the_same_items(spec, tmp_path):
     trained = tmp_path / "trained"
     save_adapter(trained, scale=0.5)
@@ -306,7 +306,10 @@ def test_a_trained_and_a_prompted_model_answer_the_same_items(spec, tmp_path):
 def save_adapter(folder, scale):
     """An adapter that adds noise of that size to the attention's queries, as a stand-in for one that was trained."""
     model, _ = load()
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        # what peft says when the command loads an adapter is tested; here it is the test's own call
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

@@ -122,7 +122,8 @@ class TraitTask(ChatTask):
 
     def missing_reasons(self, results: Sequence[Any]) -> dict[str, list[str]]:
         """Return why verdicts on the trait and, where it is judged, on coherence are missing."""
-        asked = {"trait_score": "trait"} if self.judges is None or self.judges.coherence is None else {"trait_score": "trait", "coherence": "coherence"}
+        both = self.judges is not None and self.judges.coherence is not None
+        asked = {"trait_score": "trait", "coherence": "coherence"} if both else {"trait_score": "trait"}
         records = json.loads(results[0])
         return {metric: [one[kind]["missing"] for one in records if one[kind]["missing"] is not None] for metric, kind in asked.items()}
 
