@@ -207,6 +207,18 @@ def test_at_equal_kl_specs_lie_equally_far_from_the_unsteered_model(spec, tmp_pa
     assert data.arms[1].settings["alpha"] < data.arms[2].settings["alpha"]
 
 
+def test_a_clamp_has_no_alpha_that_is_nothing(vectors, tmp_path):
+    clamp = SteeringSpec(vectors=VectorsRef.to(vectors), weights={"formality": 1.0}, layers=(3,), operation="clamp").save(tmp_path / "clamp.yaml")
+    with pytest.raises(SpecError, match="at kl=0 the spec still steers"):
+        run_cost(settings(clamp, tmp_path, sweep="kl=0,0.1", text="tiny_talk"))
+    with pytest.raises(UserError, match="kl=0.0001 is met by no alpha"):
+        run_cost(settings(clamp, tmp_path, sweep="kl=0.0001,0.1", text="tiny_talk"))
+    data = run_cost(settings(clamp, tmp_path, sweep="alpha=0,1"))
+    assert [arm.x for arm in data.arms] == [None, 0.0, 1.0]
+    (reach,) = analyse_cost(data).reaches
+    assert (reach.stopped_at, reach.stopped_arm) == (0.0, "clamp, alpha 0"), "the arm at 0 steers, so it comes first"
+
+
 def test_side_effects_are_each_vector_alone_on_every_trait(spec, tmp_path):
     data = run_cost(
         settings(spec, tmp_path, traits=("formality", "emotional_tone"), side_effects=True, kl=0.3, text="tiny_talk", limit=None, samples=3)

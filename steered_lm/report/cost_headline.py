@@ -134,7 +134,7 @@ def _reach_title(data: CostData, joint: Sequence[Reach]) -> tuple[Tone, str]:
     tone: Tone = "good" if len(reached) == len(joint) else "bad" if any(r.measured for r in joint if r.arm is None) else "unclear"
     if len(joint) > 1:
         several = len(data.series) > 1
-        parts = [f"{f'{r.series} ' if several else ''}{_how_far(r, joint, axis)}" for r in joint]
+        parts = list(dict.fromkeys(f"{f'{r.series} ' if several else ''}{_how_far(r, joint, axis)}" for r in joint))
         return tone, f"Within the tolerance on {what}: {'; '.join(parts)}."
     if reached:
         return tone, f"Up to {axis} {setting(joint[0].x)}, {what} stays within its tolerance."
@@ -147,7 +147,7 @@ def _how_far(reach: Reach, joint: Sequence[Reach], axis: str) -> str:
 
 def _direction(reach: Reach, joint: Sequence[Reach]) -> str:
     both = any(other.series == reach.series and other is not reach for other in joint)
-    return "" if not both else "negative " if (reach.stopped_at or 0.0) < 0.0 else "positive "
+    return "" if not both or reach.stopped_at == 0.0 else "negative " if (reach.stopped_at or 0.0) < 0.0 else "positive "
 
 
 def _at_reach(data: CostData, analysis: CostAnalysis, joint: Reach, every: Sequence[Reach]) -> list[Sentence]:
