@@ -162,8 +162,8 @@ def calibrate_alpha(
     alpha, kl = min(tried, key=lambda pair: abs(pair[1] - target))
     if abs(kl - target) > _WRONG * tolerance * target:
         raise UserError(
-            f"kl={target:g} is met by no alpha: the nearest, alpha={alpha:.3g}, is {kl:.3g} nats a token away. What acts whatever alpha is (clamp, or "
-            "sites with an alpha of their own) sets a least divergence. Ask for a larger one, or leave such sites out."
+            f"kl={target:g} is met by no alpha: the nearest, alpha={alpha:.3g}, is {kl:.3g} nats a token away. What acts whatever alpha is (clamp, "
+            "or sites with an alpha of their own) sets a least divergence. Ask for a larger one, or leave such sites out."
         )
     return Calibration(alpha=alpha, kl=kl, target=target, tried=tuple(tried))
 
