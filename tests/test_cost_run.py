@@ -1,3 +1,5 @@
+import csv
+import hashlib
 import json
 import logging
 import math
@@ -8,6 +10,7 @@ import pytest
 import torch
 from fault_server import FaultServer, guesses, says
 from tiny_harness import STORIES, save_vectors, spec_of
+from tiny_models import vectors_for
 from typer.testing import CliRunner
 
 from steered_lm.benchmarks.folder import VARIABLE
@@ -15,7 +18,7 @@ from steered_lm.cli import app
 from steered_lm.content import TINY_CHAT
 from steered_lm.cost import measuring
 from steered_lm.cost.config import CostConfig
-from steered_lm.cost.measures import plan_task
+from steered_lm.cost.measures import TRAIT_GROUPS, plan_task
 from steered_lm.cost.run import run_cost
 from steered_lm.cost.sweep import Sweep
 from steered_lm.errors import JudgeError, ModelError, SpecError, UserError
@@ -24,7 +27,10 @@ from steered_lm.extract.contrast import load_contrast_set
 from steered_lm.harness.items import BROKEN
 from steered_lm.report.cost_analysis import analyse_cost
 from steered_lm.report.cost_data import UNSTEERED
-from steered_lm.steering.spec import SteeringSpec, VectorsRef
+from steered_lm.report.cost_matrix import matrix_axes
+from steered_lm.report.cost_page import build_cost, cost_csv
+from steered_lm.steering.spec import Site, SteeringSpec, VectorsRef
+from steered_lm.steering.vectors import TraitVectors
 from steered_lm.study import ModelConfig
 from steered_lm.tiny_chat.evaluate import load
 
@@ -273,6 +279,52 @@ def of_coherence(body):
     return "coheren" in json.dumps(body["messages"]).lower()
 
 
+def twelve(tmp_path):
+    """A spec whose vectors file has a random direction for each of the seven traits and the five axes, the axes first."""
+    model, _ = load()
+    base = vectors_for(model, (3,))
+    generator = torch.Generator().manual_seed(1)
+    names = (*TRAIT_GROUPS["axes"], *TRAIT_GROUPS["persona_vectors"])
+    draws = {(name, 3): torch.randn(base.meta.d_model, generator=generator) for name in names}
+    meta = base.meta.model_copy(update={"traits": names, "model_id": TINY_CHAT})
+    file = TraitVectors({key: draw / draw.norm() for key, draw in draws.items()}, meta).save(tmp_path / "twelve.safetensors")
+    return SteeringSpec(vectors=VectorsRef.to(file), weights={"evil": 1.0}, layers=(3,), alpha=0.4).save(tmp_path / "twelve.yaml")
+
+
+def test_every_vector_is_measured_on_the_seven_traits_and_the_five_axes_by_a_judge(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def by_lot(number, body, headers):
+        drawn = hashlib.sha256(json.dumps(body["messages"]).encode()).digest()
+        return guesses({"Well" if drawn[0] < 20 else str(20 + drawn[1] % 80): -0.01})
+
+    server = FaultServer(by_lot)
+    chosen = {"traits": ("persona_vectors", "axes"), "side_effects": True, "judge": "openai:m", "judge_options": {"base_url": server.url}}
+    try:
+        data = run_cost(settings(twelve(tmp_path), tmp_path, **chosen, limit=2, max_new_tokens=6, missing_limit=0.8))
+    finally:
+        server.close()
+    names = [*TRAIT_GROUPS["persona_vectors"], *TRAIT_GROUPS["axes"]]
+    arms, measures = matrix_axes(data)
+    assert [arm.trait for arm in arms] == [measure.trait for measure in measures] == names, "own effects lie on the diagonal"
+    report = build_cost(data)
+    assert len(report.analysis.matrix) == 144
+    values = [value for measure in measures for arm in arms for value in measure.values[arm.name]]
+    gone = sum(value is None for value in values)
+    assert 0 < gone < len(values) / 2, "some verdicts failed"
+    assert gone == sum(sum(measure.reasons[arm.name].values()) for measure in measures for arm in arms)
+    rows = [row for row in csv.DictReader(cost_csv(report).splitlines()) if row["vector_trait"]]
+    assert len(rows) == 144 + 144, "trait scores and coherence"
+    for measure in measures:
+        for arm in arms:
+            (row,) = [row for row in rows if (row["arm"], row["measure"]) == (arm.name, measure.name)]
+            pairs = list(zip(measure.values[arm.name], measure.values[UNSTEERED], strict=True))
+            assert int(row["missing"]) == sum(None in pair for pair in pairs)
+            shared = [a - b for a, b in pairs if a is not None and b is not None]
+            assert (float(row["difference"]) == pytest.approx(sum(shared) / len(shared))) if shared else row["difference"] == ""
+
+
 def test_what_is_missing_of_coherence_is_told_apart_from_what_is_missing_of_the_trait(spec, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -362,6 +414,12 @@ def test_what_is_wrong_is_said_before_anything_runs(spec, tmp_path, monkeypatch)
             run_cost(settings(spec, tmp_path, **more))
 
     refused(UserError, r"task='tiny_knowlege' is none that costs can be read from\..* Did you mean 'tiny_knowledge'", tasks=("tiny_knowlege",))
+    refused(
+        UserError,
+        r"task='coherence' is none that costs can be read from\. Allowed: .*mmlu, mmlu_humanities.*, mmlu_<subject>\.",
+        tasks=("coherence",),
+    )
+    refused(UserError, r"task='persona_vectors' is a group of traits\. Give trait='persona_vectors'", tasks=("persona_vectors",))
     refused(UserError, "subjects='virolgy' is neither", tasks=("mmlu_virolgy",))
     refused(UserError, "is asked for twice", tasks=("tiny_truth", "tiny_truth"))
     refused(UserError, r"trait='evil' needs a judge, and none is given", traits=("evil",))
@@ -371,6 +429,12 @@ def test_what_is_wrong_is_said_before_anything_runs(spec, tmp_path, monkeypatch)
     refused(UserError, "does not exist", text="nowhere.txt")
     refused(SpecError, "given twice", steering=(spec, spec))
     refused(UserError, "layer", sweep="layer=2:3")
+    base = SteeringSpec.load(spec)
+    prompts = SteeringSpec.model_validate({**base.model_dump(), "positions": "prompt"}).save(tmp_path / "prompts.yaml")
+    refused(SpecError, r"text='tiny_talk': positions='prompt' steers nothing.*text='none'", steering=(prompts,), text="tiny_talk")
+    sites = SteeringSpec.model_validate({**base.model_dump(), "layers": (), "sites": (Site(layers=(3,), alpha=0.2),)}).save(tmp_path / "sites.yaml")
+    refused(SpecError, r"steering='sites': sweep over alpha: sites of the spec have alpha of their own", steering=(spec, sites), sweep="alpha=1,2")
+    refused(UserError, r"'trait evil' is asked for twice", traits=("persona_vectors", "evil"), judge="openai:m")
     assert calls == []
     plain = SteeringSpec().save(tmp_path / "plain.yaml")
     refused(SpecError, "it is the unsteered model", steering=(plain,))

@@ -33,7 +33,10 @@ def cost(
         list[str],
         typer.Option(help="mmlu, mmlu_<category or subject>, truthfulqa_mc1, lamp_3, …; again for more. Default: MMLU and TruthfulQA."),
     ] = [],  # noqa: B006 - typer takes a list as default and copies it
-    trait: Annotated[list[str], typer.Option(help="Also how strongly responses show a trait: evil, formality, … or a trait's file.")] = [],  # noqa: B006
+    trait: Annotated[
+        list[str],
+        typer.Option(help="Also how strongly responses show a trait: evil, formality, …, a trait's file, persona_vectors (seven) or axes (five)."),
+    ] = [],  # noqa: B006
     persona: Annotated[str | None, typer.Option(help="Also how well responses fit a persona.")] = None,
     persona_split: Annotated[str, typer.Option(help="Which of its prompts.")] = "test",
     peft: Annotated[list[Path], typer.Option(help="Also the model trained: an adapter's folder, without steering; again for more.")] = [],  # noqa: B006

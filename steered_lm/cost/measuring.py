@@ -18,7 +18,7 @@ from steered_lm.harness.model import SteeredHFLM
 from steered_lm.judges.base import EMPTY, FINDINGS
 from steered_lm.measure.divergence import Calibration, calibrated, kl_to_unsteered, with_alpha
 from steered_lm.measure.means import TokenMean
-from steered_lm.measure.passages import Passage, read_passages
+from steered_lm.measure.passages import Passage, read_passages, refuse_idle, windows
 from steered_lm.measure.perplexity import perplexities
 from steered_lm.measure.texts import ENGLISH, text_file
 from steered_lm.search.runlog import installed_versions
@@ -97,6 +97,20 @@ class Measuring:
             found = calibrated(self.lm.steerer, self.text.passages, spec, kl, length=self.text.length)
             self._cells.put(key, found)
         return with_alpha(spec, found.alpha)
+
+    def check_text(self, arms: Sequence[Arm]) -> None:
+        """Refuse arms and texts whose perplexity cannot be measured, before anything is.
+
+        Raises:
+            UserError: when a spec steers prompts only and the text has none, or a reply does not fit into the model's window.
+        """
+        if self.text is None:
+            return
+        try:
+            refuse_idle([arm.spec for arm in arms if arm.main], self.text.passages)
+            windows(self.text.passages, self.text.length)
+        except UserError as problem:
+            raise type(problem)(f"text={self.text.name!r}: {problem} Or leave perplexity out by text='none'.") from problem
 
     def items(self, task: ChatTask, arms: Sequence[Arm]) -> dict[str, list[ItemResult]]:
         """Return a task's results by arm; those arms run, all together, whose results are not there.

@@ -9,7 +9,7 @@ from steered_lm.cost.arms import Arm, base_arms, load_specs, prompted_arm, side_
 from steered_lm.cost.cells import Cells
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.gather import fluency_measures, item_measure, samples, token_measure
-from steered_lm.cost.measures import Planned, default_tasks, plan_task, plan_trait, readings
+from steered_lm.cost.measures import TRAIT_GROUPS, Planned, default_tasks, plan_task, plan_trait, readings
 from steered_lm.cost.measuring import Measuring, adapter_digest, read_text
 from steered_lm.cost.sweep import Sweep
 from steered_lm.errors import UserError
@@ -20,6 +20,7 @@ from steered_lm.measure.means import TokenMean
 from steered_lm.report.assemble import provenance
 from steered_lm.report.cost_data import UNSTEERED, CostData, Measure
 from steered_lm.report.data import ModelInfo, Sample, Scalar
+from steered_lm.steering.spec import SteeringSpec
 from steered_lm.study import load_lm
 
 logger = logging.getLogger(__name__)
@@ -49,15 +50,16 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
         JudgeError: when too many verdicts are missing; finished tasks stay finished.
     """
     specs = load_specs(config.steering)
-    sweeps = {name: None if config.sweep is None else Sweep.of_text(config.sweep, spec) for name, spec in specs.items()}
+    sweeps = {name: None if config.sweep is None else _sweep(config.sweep, name, spec) for name, spec in specs.items()}
     plans = _plans(config)
     adapters = {folder: adapter_digest(folder) for folder in config.peft}
     trained = [trained_arm(folder) for folder in adapters]
     _distinct("peft", [arm.name for arm in trained])
+    # tasks come with their data and judges, and what is wrong with those is known sooner than a model is loaded
+    loaded = [_Loaded(plan, tuple(load_task(name, _metadata(config, plan), num_fewshot=config.num_fewshot) for name in plan.tasks)) for plan in plans]
     lm = load_lm(config.model)
     for spec in specs.values():
         lm.steerer.compile(spec)
-    loaded = [_Loaded(plan, tuple(load_task(name, _metadata(config, plan), num_fewshot=config.num_fewshot) for name in plan.tasks)) for plan in plans]
     cells = Cells(config.out / "cells")
     base = Measuring(config, lm, cells, read_text(config, lm))
     arms = base_arms(specs, sweeps, config.kl, base.at_kl)
@@ -66,6 +68,7 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     for arm in arms:
         if arm.spec is not None:
             lm.steerer.compile(arm.spec)
+    base.check_text(arms)
     counter = _Counter(progress, (1 + len(adapters)) * (sum(len(one.tasks) for one in loaded) + (base.text is not None)))
     results = _measured(base, loaded, arms, counter)
     info = _model_info(config, base)
@@ -93,6 +96,16 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
         provenance=provenance(hashes),
         seed=config.seed,
     )
+
+
+def _sweep(text: str, name: str, spec: SteeringSpec) -> Sweep:
+    try:
+        found = Sweep.of_text(text, spec)
+        if found.setting != "kl":
+            found.at(spec, found.values[0])
+    except UserError as problem:
+        raise type(problem)(f"steering={name!r}: {problem}") from problem
+    return found
 
 
 class _Counter:
@@ -148,7 +161,7 @@ def _gathered(loaded: Sequence[_Loaded], results: _Results, text: str, arms: Seq
 
 def _plans(config: CostConfig) -> list[Planned]:
     plans = [plan_task(name, config.data) for name in config.tasks or default_tasks(config.model.model)]
-    plans += [plan_trait(trait) for trait in config.traits]
+    plans += [plan_trait(trait) for name in config.traits for trait in TRAIT_GROUPS.get(name, (name,))]
     if config.persona is not None:
         plans.append(plan_task("persona_judge"))
     _distinct("tasks and traits", [plan.name for plan in plans])
