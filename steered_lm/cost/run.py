@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from steered_lm.cost.arms import Arm, base_arms, load_specs, prompted_arm, side_effect_arms, trained_arm
-from steered_lm.cost.cells import Cells
+from steered_lm.cost.cells import Cells, check_folder
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.gather import fluency_measures, item_measure, samples, token_measure
 from steered_lm.cost.measures import TRAIT_GROUPS, Planned, default_tasks, plan_task, plan_trait, readings
@@ -55,6 +55,7 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     adapters = {folder: adapter_digest(folder) for folder in config.peft}
     trained = [trained_arm(folder) for folder in adapters]
     _distinct("peft", [arm.name for arm in trained])
+    check_folder(config.out / "cells")
     # tasks come with their data and judges, and what is wrong with those is known sooner than a model is loaded
     loaded = [_Loaded(plan, tuple(load_task(name, _metadata(config, plan), num_fewshot=config.num_fewshot) for name in plan.tasks)) for plan in plans]
     lm = load_lm(config.model)
