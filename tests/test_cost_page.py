@@ -489,3 +489,12 @@ def test_a_benefit_is_told_once_where_neither_side_of_zero_reaches_anything() ->
     said = build_cost(small(bad, traits({UNSTEERED: 50.0, "a -1": 80.0, "a 1": 80.0}), xs=(-1.0, 1.0))).headline
     assert [s.text.startswith("trait evil: +28.9") for s in said.sentences].count(True) == 1
     assert "under a -1, and the same under every other one of 2; a rise is established under 2 of 2" in said.sentences[0].text
+
+
+@pytest.mark.parametrize("name", ["=HYPERLINK(1)", "+1", "-1", "@sum", "\tx"])
+def test_a_name_is_no_formula_to_a_spreadsheet_and_numbers_keep_their_signs(name: str) -> None:
+    measure = Measure(name="mmlu", role="cost", kind="accuracy", items=tuple("abcdefgh"), values={UNSTEERED: (1.0,) * 8, name: (0.0,) * 8})
+    data = small(measure, arms=(CostArm(name=UNSTEERED), CostArm(name=name, series=name, x=-0.5)))
+    row = list(csv.DictReader(cost_csv(build_cost(data)).splitlines()))[1]
+    assert (row["arm"], row["series"]) == (f"'{name}", f"'{name}")
+    assert (float(row["x"]), float(row["difference"])) == (-0.5, -1.0)
