@@ -65,7 +65,10 @@ def cost(
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
     memory_budget: Annotated[str | None, typer.Option(help="Memory for the engine beside the weights, such as 4GiB.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Take lm-eval's own code path in place of the engine: slower, for comparisons.")] = False,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Take lm-eval's own code path in place of the engine: slower, for comparisons; needs a number as --batch-size."),
+    ] = False,
     prompt_format: PromptFormatOption = PromptFormatName.chat,
     out: Annotated[Path, typer.Option(help="Folder for the page, its numbers and everything finished: the same command goes on from there.")] = Path(
         "cost"
