@@ -29,7 +29,10 @@ class Config(BaseModel):
                 f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e.get('input')!r:.80})" if e["loc"] else e["msg"].removeprefix("Value error, ")
                 for e in report.errors()
             )
-            raise error(f"{source} is not a valid {cls.__name__}: {problems}. Allowed keys: {', '.join(cls.model_fields)}.") from report
+            # where values are wrong and keys are not, a list of keys only hides what is wrong
+            of_keys = any(e["type"] in ("extra_forbidden", "missing") for e in report.errors())
+            allowed = f" Allowed keys: {', '.join(cls.model_fields)}." if of_keys else ""
+            raise error(f"{source} is not a valid {cls.__name__}: {problems.removesuffix('.')}.{allowed}") from report
 
 
 def read_structured(path: Path, *, what: str = "file ", error: type[UserError] = UserError) -> Any:

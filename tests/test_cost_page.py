@@ -276,7 +276,7 @@ def test_where_no_value_keeps_every_cost_the_gain_and_each_cost_alone_are_still_
     said = build_cost(small(*measures, xs=(1.0, 2.0))).headline
     assert (said.tone, said.title) == ("bad", "No alpha of the sweep is shown to keep every cost within its tolerance.")
     texts = [s.text for s in said.sentences]
-    assert texts[0].startswith("fit: from +20.0 (")
+    assert texts[0].startswith("fit: +20.0 (")
     assert texts[0].endswith("a gain is established under 2 of 2 steered arms; a loss is established under 0 of 2 steered arms.")
     assert texts[1].startswith("No alpha is shown to keep truthful within 2 points; at 1, a loss was measured there: change −20.0")
     assert texts[2] == "Taken alone, costs stay within their tolerances further: mmlu up to alpha 1."
@@ -457,3 +457,44 @@ def test_hostile_text_is_shown_and_never_run() -> None:
         assert "<img" not in drawn
     rows = list(csv.DictReader(cost_csv(report).splitlines()))
     assert {row["arm"] for row in rows} == {UNSTEERED, EVIL, "v"}
+
+
+def traits(levels: dict[str, float], **more: Any) -> Measure:
+    """Scores of a trait whose means are these, of which nobody says which way is better."""
+    values = {arm: tuple(mean + (i % 5 if arm == UNSTEERED else i % 3) for i in range(20)) for arm, mean in levels.items()}
+    named: dict[str, Any] = {
+        "name": "trait evil",
+        "role": "benefit",
+        "kind": "score",
+        "higher_is_better": None,
+        "trait": "evil",
+    }
+    return Measure(**named, scale=(0.0, 100.0), items=tuple(map(str, range(20))), values=values, **more)
+
+
+def test_a_trait_that_rises_or_falls_is_told_without_saying_which_is_better() -> None:
+    fine = accuracy(unsteered=(1.0,) * 900, a_1=(1.0,) * 900)
+    assert "no change is shown" in words(small(fine, traits({UNSTEERED: 50.0, "a 1": 51.0})))
+    risen = build_cost(small(fine, traits({UNSTEERED: 50.0, "a 1": 80.0}))).headline.sentences[0]
+    assert (risen.tone, "shown" in risen.text) == ("good", False)
+    bad = accuracy(unsteered=(1.0,) * 900, a_1=(0.0,) * 900, a_2=(0.0,) * 900, a_3=(0.0,) * 900)
+    levels = {UNSTEERED: 50.0, "a 1": 80.0, "a 2": 90.0, "a 3": 20.0}
+    said = build_cost(small(bad, traits(levels), xs=(1.0, 2.0, 3.0))).headline.sentences[0]
+    assert "a rise is established under 2 of 3 steered arms; a fall is established under 1 of 3 steered arms" in said.text
+    assert said.tone == "good"
+
+
+def test_a_benefit_is_told_once_where_neither_side_of_zero_reaches_anything() -> None:
+    bad = accuracy(unsteered=(1.0,) * 900, **{"a_-1": (0.0,) * 900, "a_1": (0.0,) * 900})  # type: ignore[arg-type]
+    said = build_cost(small(bad, traits({UNSTEERED: 50.0, "a -1": 80.0, "a 1": 80.0}), xs=(-1.0, 1.0))).headline
+    assert [s.text.startswith("trait evil: +28.9") for s in said.sentences].count(True) == 1
+    assert "under a -1, and the same under every other one of 2; a rise is established under 2 of 2" in said.sentences[0].text
+
+
+@pytest.mark.parametrize("name", ["=HYPERLINK(1)", "+1", "-1", "@sum", "\tx"])
+def test_a_name_is_no_formula_to_a_spreadsheet_and_numbers_keep_their_signs(name: str) -> None:
+    measure = Measure(name="mmlu", role="cost", kind="accuracy", items=tuple("abcdefgh"), values={UNSTEERED: (1.0,) * 8, name: (0.0,) * 8})
+    data = small(measure, arms=(CostArm(name=UNSTEERED), CostArm(name=name, series=name, x=-0.5)))
+    row = list(csv.DictReader(cost_csv(build_cost(data)).splitlines()))[1]
+    assert (row["arm"], row["series"]) == (f"'{name}", f"'{name}")
+    assert (float(row["x"]), float(row["difference"])) == (-0.5, -1.0)

@@ -1,12 +1,16 @@
+import csv
+import hashlib
 import json
 import logging
 import math
+import warnings
 
 import peft
 import pytest
 import torch
 from fault_server import FaultServer, guesses, says
 from tiny_harness import STORIES, save_vectors, spec_of
+from tiny_models import vectors_for
 from typer.testing import CliRunner
 
 from steered_lm.benchmarks.folder import VARIABLE
@@ -14,7 +18,7 @@ from steered_lm.cli import app
 from steered_lm.content import TINY_CHAT
 from steered_lm.cost import measuring
 from steered_lm.cost.config import CostConfig
-from steered_lm.cost.measures import plan_task
+from steered_lm.cost.measures import TRAIT_GROUPS, plan_task
 from steered_lm.cost.run import run_cost
 from steered_lm.cost.sweep import Sweep
 from steered_lm.errors import JudgeError, ModelError, SpecError, UserError
@@ -23,7 +27,10 @@ from steered_lm.extract.contrast import load_contrast_set
 from steered_lm.harness.items import BROKEN
 from steered_lm.report.cost_analysis import analyse_cost
 from steered_lm.report.cost_data import UNSTEERED
-from steered_lm.steering.spec import SteeringSpec, VectorsRef
+from steered_lm.report.cost_matrix import matrix_axes
+from steered_lm.report.cost_page import build_cost, cost_csv
+from steered_lm.steering.spec import Site, SteeringSpec, VectorsRef
+from steered_lm.steering.vectors import TraitVectors
 from steered_lm.study import ModelConfig
 from steered_lm.tiny_chat.evaluate import load
 
@@ -206,6 +213,18 @@ def test_at_equal_kl_specs_lie_equally_far_from_the_unsteered_model(spec, tmp_pa
     assert data.arms[1].settings["alpha"] < data.arms[2].settings["alpha"]
 
 
+def test_a_clamp_has_no_alpha_that_is_nothing(vectors, tmp_path):
+    clamp = SteeringSpec(vectors=VectorsRef.to(vectors), weights={"formality": 1.0}, layers=(3,), operation="clamp").save(tmp_path / "clamp.yaml")
+    with pytest.raises(SpecError, match="at kl=0 the spec still steers"):
+        run_cost(settings(clamp, tmp_path, sweep="kl=0,0.1", text="tiny_talk"))
+    with pytest.raises(UserError, match="kl=0.0001 is met by no alpha"):
+        run_cost(settings(clamp, tmp_path, sweep="kl=0.0001,0.1", text="tiny_talk"))
+    data = run_cost(settings(clamp, tmp_path, sweep="alpha=0,1"))
+    assert [arm.x for arm in data.arms] == [None, 0.0, 1.0]
+    (reach,) = analyse_cost(data).reaches
+    assert (reach.stopped_at, reach.stopped_arm) == (0.0, "clamp, alpha 0"), "the arm at 0 steers, so it comes first"
+
+
 def test_side_effects_are_each_vector_alone_on_every_trait(spec, tmp_path):
     data = run_cost(
         settings(spec, tmp_path, traits=("formality", "emotional_tone"), side_effects=True, kl=0.3, text="tiny_talk", limit=None, samples=3)
@@ -243,7 +262,7 @@ def test_a_judge_that_fails_stops_the_run_and_what_was_finished_stays(spec, tmp_
     server = FaultServer(lambda number, body, headers: says("I would rather not say a number"))
     try:
         chosen = settings(spec, tmp_path, traits=("evil",), judge="openai:m", judge_options={"base_url": server.url}, limit=3)
-        with pytest.raises(JudgeError, match=r"pv_evil: 6 of 6 verdicts are missing \(100%; limit 20%\).*Finished tasks are kept"):
+        with pytest.raises(JudgeError, match=r"pv_evil: 6 of 6 verdicts of trait score are missing \(100%; limit 20%\).*Finished tasks are kept"):
             run_cost(chosen)
         calls = counted(monkeypatch)
         server.script = lambda number, body, headers: guesses({"40": -0.1, "60": -3.0})
@@ -255,7 +274,75 @@ def test_a_judge_that_fails_stops_the_run_and_what_was_finished_stays(spec, tmp_
     assert all(value is not None for values in evil.values.values() for value in values)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own use of transformers
+def of_coherence(body):
+    """Whether a judge is asked about coherence, and not about the trait."""
+    return "coheren" in json.dumps(body["messages"]).lower()
+
+
+def twelve(tmp_path):
+    """A spec whose vectors file has a random direction for each of the seven traits and the five axes, the axes first."""
+    model, _ = load()
+    base = vectors_for(model, (3,))
+    generator = torch.Generator().manual_seed(1)
+    names = (*TRAIT_GROUPS["axes"], *TRAIT_GROUPS["persona_vectors"])
+    draws = {(name, 3): torch.randn(base.meta.d_model, generator=generator) for name in names}
+    meta = base.meta.model_copy(update={"traits": names, "model_id": TINY_CHAT})
+    file = TraitVectors({key: draw / draw.norm() for key, draw in draws.items()}, meta).save(tmp_path / "twelve.safetensors")
+    return SteeringSpec(vectors=VectorsRef.to(file), weights={"evil": 1.0}, layers=(3,), alpha=0.4).save(tmp_path / "twelve.yaml")
+
+
+def test_every_vector_is_measured_on_the_seven_traits_and_the_five_axes_by_a_judge(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def by_lot(number, body, headers):
+        drawn = hashlib.sha256(json.dumps(body["messages"]).encode()).digest()
+        return guesses({"Well" if drawn[0] < 20 else str(20 + drawn[1] % 80): -0.01})
+
+    server = FaultServer(by_lot)
+    chosen = {"traits": ("persona_vectors", "axes"), "side_effects": True, "judge": "openai:m", "judge_options": {"base_url": server.url}}
+    try:
+        data = run_cost(settings(twelve(tmp_path), tmp_path, **chosen, limit=2, max_new_tokens=6, missing_limit=0.8))
+    finally:
+        server.close()
+    names = [*TRAIT_GROUPS["persona_vectors"], *TRAIT_GROUPS["axes"]]
+    arms, measures = matrix_axes(data)
+    assert [arm.trait for arm in arms] == [measure.trait for measure in measures] == names, "own effects lie on the diagonal"
+    report = build_cost(data)
+    assert len(report.analysis.matrix) == 144
+    values = [value for measure in measures for arm in arms for value in measure.values[arm.name]]
+    gone = sum(value is None for value in values)
+    assert 0 < gone < len(values) / 2, "some verdicts failed"
+    assert gone == sum(sum(measure.reasons[arm.name].values()) for measure in measures for arm in arms)
+    rows = [row for row in csv.DictReader(cost_csv(report).splitlines()) if row["vector_trait"]]
+    assert len(rows) == 144 + 144, "trait scores and coherence"
+    for measure in measures:
+        for arm in arms:
+            (row,) = [row for row in rows if (row["arm"], row["measure"]) == (arm.name, measure.name)]
+            pairs = list(zip(measure.values[arm.name], measure.values[UNSTEERED], strict=True))
+            assert int(row["missing"]) == sum(None in pair for pair in pairs)
+            shared = [a - b for a, b in pairs if a is not None and b is not None]
+            assert (float(row["difference"]) == pytest.approx(sum(shared) / len(shared))) if shared else row["difference"] == ""
+
+
+def test_what_is_missing_of_coherence_is_told_apart_from_what_is_missing_of_the_trait(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = FaultServer(lambda number, body, headers: guesses({"Well": -0.1} if of_coherence(body) else {"40": -0.1, "60": -3.0}))
+    try:
+        chosen = settings(spec, tmp_path, traits=("evil",), judge="openai:m", judge_options={"base_url": server.url}, limit=3)
+        with pytest.raises(JudgeError, match=r"pv_evil: 6 of 6 verdicts of coherence are missing \(100%; limit 20%\), 6 because: probability 0.00"):
+            run_cost(chosen)
+        data = run_cost(chosen.model_copy(update={"missing_limit": 1.0}))
+    finally:
+        server.close()
+    evil, coherence = (next(measure for measure in data.measures if measure.name == name) for name in ("trait evil", "coherence (evil)"))
+    assert evil.reasons == {UNSTEERED: {}, "formal": {}}
+    assert set(coherence.values["formal"]) == {None}
+    assert [sum(coherence.reasons[arm].values()) for arm in (UNSTEERED, "formal")] == [3, 3]
+    assert data.samples[0].replies[0].missing is None, "the reply has a score of the trait"
+
+
 def test_a_trained_and_a_prompted_model_answer_the_same_items(spec, tmp_path):
     trained = tmp_path / "trained"
     save_adapter(trained, scale=0.5)
@@ -283,7 +370,10 @@ def test_a_trained_and_a_prompted_model_answer_the_same_items(spec, tmp_path):
 def save_adapter(folder, scale):
     """An adapter that adds noise of that size to the attention's queries, as a stand-in for one that was trained."""
     model, _ = load()
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        # what peft says when the command loads an adapter is tested; here it is the test's own call
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -324,6 +414,12 @@ def test_what_is_wrong_is_said_before_anything_runs(spec, tmp_path, monkeypatch)
             run_cost(settings(spec, tmp_path, **more))
 
     refused(UserError, r"task='tiny_knowlege' is none that costs can be read from\..* Did you mean 'tiny_knowledge'", tasks=("tiny_knowlege",))
+    refused(
+        UserError,
+        r"task='coherence' is none that costs can be read from\. Allowed: .*mmlu, mmlu_humanities.*, mmlu_<subject>\.",
+        tasks=("coherence",),
+    )
+    refused(UserError, r"task='persona_vectors' is a group of traits\. Give trait='persona_vectors'", tasks=("persona_vectors",))
     refused(UserError, "subjects='virolgy' is neither", tasks=("mmlu_virolgy",))
     refused(UserError, "is asked for twice", tasks=("tiny_truth", "tiny_truth"))
     refused(UserError, r"trait='evil' needs a judge, and none is given", traits=("evil",))
@@ -332,7 +428,16 @@ def test_what_is_wrong_is_said_before_anything_runs(spec, tmp_path, monkeypatch)
     refused(UserError, "data=", tasks=("mmlu",), data=str(tmp_path / "nowhere"))
     refused(UserError, "does not exist", text="nowhere.txt")
     refused(SpecError, "given twice", steering=(spec, spec))
+    (tmp_path / "file").touch()
+    refused(UserError, r"out='.*file' cannot be written: Not a directory\. Name a folder that can", out=tmp_path / "file")
+    refused(UserError, r"out='.*more' cannot be written", out=tmp_path / "file" / "more")
     refused(UserError, "layer", sweep="layer=2:3")
+    base = SteeringSpec.load(spec)
+    prompts = SteeringSpec.model_validate({**base.model_dump(), "positions": "prompt"}).save(tmp_path / "prompts.yaml")
+    refused(SpecError, r"text='tiny_talk': positions='prompt' steers nothing.*text='none'", steering=(prompts,), text="tiny_talk")
+    sites = SteeringSpec.model_validate({**base.model_dump(), "layers": (), "sites": (Site(layers=(3,), alpha=0.2),)}).save(tmp_path / "sites.yaml")
+    refused(SpecError, r"steering='sites': sweep over alpha: sites of the spec have alpha of their own", steering=(spec, sites), sweep="alpha=1,2")
+    refused(UserError, r"'trait evil' is asked for twice", traits=("persona_vectors", "evil"), judge="openai:m")
     assert calls == []
     plain = SteeringSpec().save(tmp_path / "plain.yaml")
     refused(SpecError, "it is the unsteered model", steering=(plain,))

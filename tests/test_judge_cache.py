@@ -366,3 +366,9 @@ def test_a_cache_that_must_exist_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(JudgeError, match="does not exist. Give the file"):
         JudgeCache.existing(tmp_path / "typo.sqlite")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_whose_folder_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(JudgeError, match=r"judge cache '.*x.sqlite' cannot be written: .*Name a file in another folder"):
+        JudgeCache(tmp_path / "file" / "x.sqlite")

@@ -200,7 +200,7 @@ def test_a_budget_that_is_reached_keeps_what_was_paid_for(server, samples, tmp_p
         (["--judge", "openai:x", "--judge-option", "x=2026-99-01", "--persona", "edmund", "--out", "o.jsonl"], "x: its value is no YAML scalar"),
         (
             ["--judge", "openai:x", "--judge-option", "max_dollars=1", "--persona", "edmund", "--out", "o.jsonl"],
-            "Endpoint: max_dollars needs input_price and output_price, in dollars per million tokens: see the provider's price list. Allowed keys",
+            "Endpoint: max_dollars needs input_price and output_price, in dollars per million tokens: see the provider's price list.",
         ),
         (["--judge", "stylometric", "--judge", "stylometric", "--persona", "edmund", "--out", "o.jsonl"], "the same judge twice"),
     ],

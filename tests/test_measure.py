@@ -154,6 +154,9 @@ def test_calibration_of_a_known_curve_and_what_it_refuses():
         calibrate_alpha(lambda alpha: 1 - math.exp(-alpha), 2.0)
     with pytest.raises(UserError, match=r"at alpha=0.4 the model's scores are NaN, and kl=1 was not reached"):
         calibrate_alpha(lambda alpha: alpha if alpha < 0.3 else None, 1.0)
+    with pytest.raises(UserError, match=r"kl=0.02 is met by no alpha: the nearest, .* is 0.1\d* nats a token away\. What acts whatever alpha is"):
+        calibrate_alpha(lambda alpha: 0.1 + alpha**2, 0.02)
+    assert calibrate_alpha(lambda alpha: 0.1 + alpha**2, 0.14).alpha == pytest.approx(0.2, rel=0.05)
     with pytest.raises(UserError, match=r"kl=0.0 is not allowed"):
         calibrate_alpha(lambda alpha: alpha, 0.0)
 

@@ -34,7 +34,10 @@ def cost(
         list[str],
         typer.Option(help="mmlu, mmlu_<category or subject>, truthfulqa_mc1, lamp_3, …; again for more. Default: MMLU and TruthfulQA."),
     ] = [],  # noqa: B006 - typer takes a list as default and copies it
-    trait: Annotated[list[str], typer.Option(help="Also how strongly responses show a trait: evil, formality, … or a trait's file.")] = [],  # noqa: B006
+    trait: Annotated[
+        list[str],
+        typer.Option(help="Also how strongly responses show a trait: evil, formality, …, a trait's file, persona_vectors (seven) or axes (five)."),
+    ] = [],  # noqa: B006
     persona: Annotated[str | None, typer.Option(help="Also how well responses fit a persona.")] = None,
     persona_split: Annotated[str, typer.Option(help="Which of its prompts.")] = "test",
     peft: Annotated[list[str], typer.Option(help="Also the model trained: name=folder of an adapter, without steering; again for more.")] = [],  # noqa: B006
@@ -63,7 +66,10 @@ def cost(
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
     memory_budget: Annotated[str | None, typer.Option(help="Memory for the engine beside the weights, such as 4GiB.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Take lm-eval's own code path in place of the engine: slower, for comparisons.")] = False,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Take lm-eval's own code path in place of the engine: slower, for comparisons; needs a number as --batch-size."),
+    ] = False,
     prompt_format: PromptFormatOption = PromptFormatName.chat,
     out: Annotated[Path, typer.Option(help="Folder for the page, its numbers and everything finished: the same command goes on from there.")] = Path(
         "cost"

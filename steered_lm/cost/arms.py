@@ -105,8 +105,13 @@ def trained_arm(name: str, adapter: Path) -> Arm:
 
 
 def _swept(sweep: Sweep, spec: SteeringSpec, value: float, kl: float | None, at_kl: AtKl) -> SteeringSpec:
+    if sweep.setting == "kl" and value == 0:
+        here = with_alpha(spec, 0.0)
+        if here.resolved():
+            raise SpecError("sweep: at kl=0 the spec still steers (clamp, or sites with an alpha of their own). Leave 0 out of the sweep.")
+        return here
     if sweep.setting == "kl":
-        return with_alpha(spec, 0.0) if value == 0 else at_kl(spec, value)
+        return at_kl(spec, value)
     here = sweep.at(spec, value)
     return here if kl is None or not here.resolved() else at_kl(here, kl)
 

@@ -2,11 +2,13 @@
 
 import logging
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from steered_lm.config import Config, content_hash, write_atomic
+from steered_lm.errors import UserError
 from steered_lm.harness.items import ItemResult
 
 logger = logging.getLogger(__name__)
@@ -17,6 +19,20 @@ class Items(Config):
     """One task under one arm."""
 
     items: tuple[ItemResult, ...]
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder, and refuse one that cannot be written.
+
+    Raises:
+        UserError: when it is no folder, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        raise UserError(f"out={str(folder.parent)!r} cannot be written: {problem.strerror}. Name a folder that can.") from problem
 
 
 class Cells:
@@ -36,7 +52,7 @@ class Cells:
     @staticmethod
     def key(**facts: Any) -> str:
         """Return the name of a measurement that is decided by these facts."""
-        return content_hash({"format": 1, **facts})
+        return content_hash({"format": 2, **facts})
 
     def get(self, key: str, kind: type[Kept]) -> Kept | None:
         """Return a measurement, None when it is not there; a damaged file is as good as none."""

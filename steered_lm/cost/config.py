@@ -22,7 +22,7 @@ class CostConfig(Config):
         peft: folders of adapters, by the names that they get: each is the model trained, without steering, as one more arm.
         system: system turns: each is the unsteered model prompted, as one more arm.
         tasks: what is answered; empty takes MMLU and TruthfulQA, or the tiny model's own sets.
-        traits: measured by their tasks: the seven of Persona Vectors, the five persona axes, or a trait's file.
+        traits: measured by their tasks: the seven of Persona Vectors (all: ``persona_vectors``), the five axes (all: ``axes``), or a trait's file.
         persona: measured by ``persona_judge``.
         side_effects: also each trait's vector of the first spec's file by itself, with that spec's settings and weight 1.
         judge: who judges; None takes ``stylometric`` for a persona and ``markers`` for the five axes.

@@ -14,6 +14,8 @@ from steered_lm.report.data import Reply, Sample
 Written = Mapping[str, Mapping[str, Sequence[ItemResult]]]
 """By task and arm, what generative tasks gave."""
 _SAMPLES = 4
+# what is shown beside a reply
+_SCORES = ("trait_score", "persona_fit")
 
 
 def item_measure(reading: Reading, results: Mapping[str, Sequence[ItemResult]], *, grouped: bool) -> Measure:
@@ -30,7 +32,7 @@ def item_measure(reading: Reading, results: Mapping[str, Sequence[ItemResult]], 
         items=tuple(item.item for item in first),
         groups=tuple(item.group for item in first) if grouped else (),
         values={arm: tuple(item.metrics.get(reading.metric) for item in items) for arm, items in results.items()},
-        reasons={arm: dict(Counter(reason for item in items for reason in item.missing)) for arm, items in results.items()},
+        reasons={arm: dict(Counter(reason for item in items for reason in item.missing_of(reading.metric))) for arm, items in results.items()},
         bands={arm: shares for arm, items in results.items() if (shares := band_shares([i.metrics for i in items]))} if reading.bands else {},
         about=reading.about,
     )
@@ -99,6 +101,6 @@ def samples(written: Written, arms: Sequence[str]) -> tuple[Sample, ...]:
 
 
 def _reply(arm: str, item: ItemResult) -> Reply:
-    score = next((item.metrics[name] for name in ("trait_score", "persona_fit") if name in item.metrics), None)
-    missing = item.missing[0] if item.missing and score is None else None
+    score = next((item.metrics[name] for name in _SCORES if name in item.metrics), None)
+    missing = next((reason for name in _SCORES for reason in item.missing_of(name)), None) if score is None else None
     return Reply(arm=arm, text=item.responses[0] if item.responses else "", score=score, missing=missing)

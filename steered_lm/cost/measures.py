@@ -1,12 +1,13 @@
 """Which tasks are run, and what of their results becomes a measure."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from steered_lm.benchmarks.mmlu import CATEGORIES, CATEGORY_OF, local_subjects, select_subjects
 from steered_lm.content import TINY_CHAT, content_dir
-from steered_lm.errors import UserError, near_misses
+from steered_lm.errors import UserError
 from steered_lm.harness.chat_task import ChatTask
 from steered_lm.harness.lamp_task import LampTask
 from steered_lm.harness.persona_task import PersonaJudgeTask
@@ -15,10 +16,16 @@ from steered_lm.harness.truthful_task import TruthfulTask
 from steered_lm.harness.upstream_task import PREFIX
 from steered_lm.judges.trait_run import SHARES
 from steered_lm.judges.traits import TRAITS
+from steered_lm.persona.meter import TRAITS as AXES
 from steered_lm.report.cost_data import Role
 
 TINY_TASKS = ("tiny_knowledge", "tiny_truth")
 TASKS = ("mmlu", "truthfulqa_mc1", "truthfulqa_mc2")
+TRAIT_GROUPS = {"persona_vectors": TRAITS, "axes": AXES}
+"""Names that stand for several traits: the seven of Persona Vectors, and the five persona axes."""
+
+# groups, and what options of their own measure
+_NOT_READ = ("lamp", "perplexity", OWN)
 
 
 class Planned(NamedTuple):
@@ -74,11 +81,15 @@ def plan_task(name: str, data: str | None = None) -> Planned:
         return Planned(plain, tuple(f"{PREFIX}mmlu_{subject}" for subject in subjects))
     if plain.startswith("pv_") and plain != OWN:
         return plan_trait(plain.removeprefix("pv_"))
-    known = {file.stem.removeprefix(PREFIX): file.stem for file in content_dir("tasks").glob("*/*.yaml") if not file.stem.startswith("_")}
-    groups = {"lamp", "persona_vectors", "steered_perplexity", OWN}
-    if plain not in known or plain in groups:
-        usable = [*(stem for stem in known if stem not in groups), "mmlu", *(f"mmlu_{c}" for c in CATEGORIES), *(f"mmlu_{s}" for s in CATEGORY_OF)]
-        raise UserError(f"task={name!r} is none that costs can be read from. {near_misses(plain, sorted(set(usable)))}")
+    if plain in TRAIT_GROUPS:
+        raise UserError(f"task={name!r} is a group of traits. Give trait={plain!r} in its place.")
+    files = [file for file in content_dir("tasks").glob("*/*.yaml") if file.parent.name not in ("mmlu", "rubrics") and not file.stem.startswith("_")]
+    known = {file.stem.removeprefix(PREFIX): file.stem for file in files if file.stem.removeprefix(PREFIX) not in _NOT_READ}
+    if plain not in known:
+        usable = sorted({*known, "mmlu", *(f"mmlu_{category}" for category in CATEGORIES)})
+        close = get_close_matches(plain, [*usable, *(f"mmlu_{subject}" for subject in CATEGORY_OF)], n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise UserError(f"task={name!r} is none that costs can be read from. Allowed: {', '.join(usable)}, mmlu_<subject>.{hint}")
     return Planned(plain, (known[plain],))
 
 

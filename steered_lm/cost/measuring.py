@@ -18,7 +18,7 @@ from steered_lm.harness.model import SteeredHFLM
 from steered_lm.judges.base import EMPTY, FINDINGS
 from steered_lm.measure.divergence import Calibration, calibrated, kl_to_unsteered, with_alpha
 from steered_lm.measure.means import TokenMean
-from steered_lm.measure.passages import Passage, read_passages
+from steered_lm.measure.passages import Passage, read_passages, refuse_idle, windows
 from steered_lm.measure.perplexity import perplexities
 from steered_lm.measure.texts import ENGLISH, text_file
 from steered_lm.search.runlog import installed_versions
@@ -98,6 +98,20 @@ class Measuring:
             self._cells.put(key, found)
         return with_alpha(spec, found.alpha)
 
+    def check_text(self, arms: Sequence[Arm]) -> None:
+        """Refuse arms and texts whose perplexity cannot be measured, before anything is.
+
+        Raises:
+            UserError: when a spec steers prompts only and the text has none, or a reply does not fit into the model's window.
+        """
+        if self.text is None:
+            return
+        try:
+            refuse_idle([arm.spec for arm in arms if arm.main], self.text.passages)
+            windows(self.text.passages, self.text.length)
+        except UserError as problem:
+            raise type(problem)(f"text={self.text.name!r}: {problem} Or leave perplexity out by text='none'.") from problem
+
     def items(self, task: ChatTask, arms: Sequence[Arm]) -> dict[str, list[ItemResult]]:
         """Return a task's results by arm; those arms run, all together, whose results are not there.
 
@@ -153,11 +167,14 @@ def _digest(arm: Arm) -> Any:
 
 
 def _check_judged(task: str, found: Mapping[str, Sequence[ItemResult]], limit: float) -> None:
-    reasons = [reason for items in found.values() for item in items for reason in item.missing if reason not in _FINDINGS]
-    asked = sum(max(len(item.responses), 1) for items in found.values() for item in items)
-    if len(reasons) > limit * asked:
-        worst, count = Counter(reasons).most_common(1)[0]
-        raise JudgeError(
-            f"{task}: {len(reasons)} of {asked} verdicts are missing ({len(reasons) / asked:.0%}; limit {limit:.0%}), {count} because: {worst}. "
-            "Finished tasks are kept: mend the judge and run the same command again."
-        )
+    every = [item for items in found.values() for item in items]
+    asked = sum(max(len(item.responses), 1) for item in every)
+    for metric in dict.fromkeys(name for item in every for name in item.missing):
+        reasons = [reason for item in every for reason in item.missing.get(metric, ()) if reason not in _FINDINGS]
+        if len(reasons) > limit * asked:
+            worst, count = Counter(reasons).most_common(1)[0]
+            raise JudgeError(
+                f"{task}: {len(reasons)} of {asked} verdicts of {metric.replace('_', ' ')} are missing ({len(reasons) / asked:.0%}; "
+                f"limit {limit:.0%}), {count} because: {worst}. Finished tasks are kept: mend the judge and run the same command again, "
+                "or accept more by missing_limit."
+            )

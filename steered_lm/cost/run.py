@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from steered_lm.cost.arms import Arm, base_arms, load_specs, prompted_arm, side_effect_arms, trained_arm
-from steered_lm.cost.cells import Cells
+from steered_lm.cost.cells import Cells, check_folder
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.gather import fluency_measures, item_measure, samples, token_measure
-from steered_lm.cost.measures import Planned, default_tasks, plan_task, plan_trait, readings
+from steered_lm.cost.measures import TRAIT_GROUPS, Planned, default_tasks, plan_task, plan_trait, readings
 from steered_lm.cost.measuring import Measuring, adapter_digest, read_text
 from steered_lm.cost.sweep import Sweep
 from steered_lm.errors import UserError
@@ -20,6 +20,7 @@ from steered_lm.measure.means import TokenMean
 from steered_lm.report.assemble import provenance
 from steered_lm.report.cost_data import UNSTEERED, CostData, Measure
 from steered_lm.report.data import ModelInfo, Sample, Scalar
+from steered_lm.steering.spec import SteeringSpec
 from steered_lm.study import load_lm
 
 logger = logging.getLogger(__name__)
@@ -49,13 +50,15 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
         JudgeError: when too many verdicts are missing; finished tasks stay finished.
     """
     specs = load_specs(config.steering)
-    sweeps = {name: None if config.sweep is None else Sweep.of_text(config.sweep, spec) for name, spec in specs.items()}
+    sweeps = {name: None if config.sweep is None else _sweep(config.sweep, name, spec) for name, spec in specs.items()}
     plans = _plans(config)
     adapters = {name: adapter_digest(folder) for name, folder in config.peft.items()}
+    check_folder(config.out / "cells")
+    # tasks come with their data and judges, and what is wrong with those is known sooner than a model is loaded
+    loaded = [_Loaded(plan, tuple(load_task(name, _metadata(config, plan), num_fewshot=config.num_fewshot) for name in plan.tasks)) for plan in plans]
     lm = load_lm(config.model)
     for spec in specs.values():
         lm.steerer.compile(spec)
-    loaded = [_Loaded(plan, tuple(load_task(name, _metadata(config, plan), num_fewshot=config.num_fewshot) for name in plan.tasks)) for plan in plans]
     cells = Cells(config.out / "cells")
     base = Measuring(config, lm, cells, read_text(config, lm))
     arms = base_arms(specs, sweeps, config.kl, base.at_kl)
@@ -64,6 +67,7 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     for arm in arms:
         if arm.spec is not None:
             lm.steerer.compile(arm.spec)
+    base.check_text(arms)
     counter = _Counter(progress, (1 + len(adapters)) * (sum(len(one.tasks) for one in loaded) + (base.text is not None)))
     results = _measured(base, loaded, arms, counter)
     info = _model_info(config, base)
@@ -92,6 +96,16 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
         provenance=provenance({what: digest[:16] for what, digest in digests.items()}),
         seed=config.seed,
     )
+
+
+def _sweep(text: str, name: str, spec: SteeringSpec) -> Sweep:
+    try:
+        found = Sweep.of_text(text, spec)
+        if found.setting != "kl":
+            found.at(spec, found.values[0])
+    except UserError as problem:
+        raise type(problem)(f"steering={name!r}: {problem}") from problem
+    return found
 
 
 class _Counter:
@@ -147,7 +161,7 @@ def _gathered(loaded: Sequence[_Loaded], results: _Results, text: str, arms: Seq
 
 def _plans(config: CostConfig) -> list[Planned]:
     plans = [plan_task(name, config.data) for name in config.tasks or default_tasks(config.model.model)]
-    plans += [plan_trait(trait) for trait in config.traits]
+    plans += [plan_trait(trait) for name in config.traits for trait in TRAIT_GROUPS.get(name, (name,))]
     if config.persona is not None:
         plans.append(plan_task("persona_judge"))
     repeated = [name for name, count in Counter(plan.name for plan in plans).items() if count > 1]

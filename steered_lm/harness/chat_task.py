@@ -96,9 +96,9 @@ class ChatTask(ConfigurableTask):
         """Return one document's metrics from the results of one candidate, or of the model as it is."""
         return dict(ConfigurableTask.process_results(self, doc, results))
 
-    def missing_reasons(self, results: Sequence[Any]) -> list[str]:
-        """Return why verdicts on a document's responses are missing, one entry for each that is."""
-        return []
+    def missing_reasons(self, results: Sequence[Any]) -> dict[str, list[str]]:
+        """Return why verdicts on a document's responses are missing: by the metric that lacks them, one entry for each that is."""
+        return {}
 
 
 def load_tasks(names: Sequence[str], metadata: Mapping[str, Any] | None = None, *, folder: Path | None = None) -> list[ChatTask]:

@@ -19,6 +19,8 @@ from steered_lm.search.protocol import Candidate
 logger = logging.getLogger(__name__)
 BROKEN = "the steered model's scores are NaN"
 """Why every item of a candidate is missing when its steering drives the activations out of range."""
+EVERY = "every metric"
+"""Under which :class:`ItemResult` keeps reasons that concern all of an item's metrics."""
 
 
 class ItemResult(Config):
@@ -30,7 +32,7 @@ class ItemResult(Config):
         metrics: what the task's own metrics say of it; a metric without a value is left out.
         prompt: generative tasks: what was asked.
         responses: generative tasks: what was answered.
-        missing: why values are missing, one entry for each that is.
+        missing: why verdicts are missing: by the metric that lacks them (``EVERY``: by all of them), one entry for each that is.
     """
 
     item: str
@@ -38,7 +40,11 @@ class ItemResult(Config):
     metrics: dict[str, float] = Field(default_factory=dict)
     prompt: str = ""
     responses: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
+    missing: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+    def missing_of(self, metric: str) -> tuple[str, ...]:
+        """Return why verdicts that a metric rests on are missing, one entry for each that is."""
+        return (*self.missing.get(metric, ()), *self.missing.get(EVERY, ()))
 
 
 def load_task(name: str, metadata: Mapping[str, Any], *, num_fewshot: int | None = None) -> ChatTask:
@@ -112,7 +118,7 @@ def evaluate_items(
         except ModelError:
             if candidate.spec is None:
                 raise
-            found[candidate.name] = [_named(task, doc).model_copy(update={"missing": (BROKEN,)}) for doc in list(task.eval_docs)[:limit]]
+            found[candidate.name] = [_named(task, doc).model_copy(update={"missing": {EVERY: (BROKEN,)}}) for doc in list(task.eval_docs)[:limit]]
     return found
 
 
@@ -135,7 +141,8 @@ def _result(task: ChatTask, instances: Sequence[Instance]) -> ItemResult:
     results = [_filtered(instance) for instance in instances]
     given = task.item_metrics(doc, results)
     metrics = {name: float(value) for name, value in given.items() if isinstance(value, (int, float)) and math.isfinite(value)}
-    update: dict[str, Any] = {"metrics": metrics, "missing": tuple(task.missing_reasons(results))}
+    missing = {metric: tuple(reasons) for metric, reasons in task.missing_reasons(results).items() if reasons}
+    update: dict[str, Any] = {"metrics": metrics, "missing": missing}
     if task.OUTPUT_TYPE == "generate_until":
         texts = tuple(str(text).strip() for text in instances[0].resps[: task.config.repeats])
         update |= {"prompt": str(task.doc_to_text(doc)), "responses": texts}

@@ -84,10 +84,10 @@ class LampTask(ChatTask):
             metrics["persona_fit"] = float("nan")
         return metrics
 
-    def missing_reasons(self, results: Sequence[Any]) -> list[str]:
+    def missing_reasons(self, results: Sequence[Any]) -> dict[str, list[str]]:
         """Return why the verdict is missing, if it is."""
         reason = None if self.judge is None else json.loads(results[0])["missing"]
-        return [] if reason is None else [reason]
+        return {} if reason is None else {"persona_fit": [reason]}
 
 
 def _make_judge(metadata: Mapping[str, Any]) -> Judge:

@@ -142,10 +142,10 @@ class PersonaJudgeTask(ChatTask):
             metrics["persona_fit"] = float("nan")
         return metrics
 
-    def missing_reasons(self, results: Sequence[Any]) -> list[str]:
+    def missing_reasons(self, results: Sequence[Any]) -> dict[str, list[str]]:
         """Return why the verdict is missing, if it is."""
         reason = json.loads(results[0])["missing"]
-        return [] if reason is None else [reason]
+        return {} if reason is None else {"persona_fit": [reason]}
 
 
 def judge_request(instance: Instance, text: str) -> JudgeRequest:

@@ -1,6 +1,7 @@
 """The reference path: lm-eval's own ``hf`` methods, with steering hooks switched row by row."""
 
 import logging
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -48,6 +49,12 @@ class ReferenceHFLM(HFLM):
         super().__init__(pretrained, **kwargs)
         self._render = lru_cache(maxsize=8192)(self._render_once)
         self._pairs = lru_cache(maxsize=65536)(self._pair_once)
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            # PEFT's own use of transformers
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            super()._create_model(*args, **kwargs)
 
     def _row(self, context: Any) -> Row:
         spec = own_spec(context)

@@ -120,9 +120,12 @@ class TraitTask(ChatTask):
                 del metrics[name]
         return metrics
 
-    def missing_reasons(self, results: Sequence[Any]) -> list[str]:
-        """Return why verdicts on the trait are missing."""
-        return [record["trait"]["missing"] for record in json.loads(results[0]) if record["trait"]["missing"] is not None]
+    def missing_reasons(self, results: Sequence[Any]) -> dict[str, list[str]]:
+        """Return why verdicts on the trait and, where it is judged, on coherence are missing."""
+        both = self.judges is not None and self.judges.coherence is not None
+        asked = {"trait_score": "trait", "coherence": "coherence"} if both else {"trait_score": "trait"}
+        records = json.loads(results[0])
+        return {metric: [one[kind]["missing"] for one in records if one[kind]["missing"] is not None] for metric, kind in asked.items()}
 
     def _known(self, metric: str) -> bool:
         return any(not math.isnan(response_values(one.record())[metric]) for judged in self.judged for one in judged)

@@ -103,9 +103,9 @@ class TruthfulTask(UpstreamTask):
         verdicts = {kind: Verdict.model_validate({k: v for k, v in logged[kind].items() if k in fields}) for kind in self.judges}
         return metrics | {name: value for name, value in judged_metrics(verdicts).items() if not math.isnan(value) or name in self._unknown}
 
-    def missing_reasons(self, results: Sequence[Any]) -> list[str]:
-        """Return why verdicts are missing."""
+    def missing_reasons(self, results: Sequence[Any]) -> dict[str, list[str]]:
+        """Return why verdicts are missing, by what was judged."""
         if not self.judges:
-            return []
+            return {}
         logged = json.loads(results[0])
-        return [logged[kind]["missing"] for kind in self.judges if logged[kind]["missing"] is not None]
+        return {kind: [logged[kind]["missing"]] for kind in self.judges if logged[kind]["missing"] is not None}

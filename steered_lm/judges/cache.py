@@ -84,10 +84,13 @@ class JudgeCache:
         """Open or create the file.
 
         Raises:
-            JudgeError: when the file is damaged, is no SQLite file, or belongs to another program.
+            JudgeError: when the file is damaged, is no SQLite file, or belongs to another program, or its folder cannot be made.
         """
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise JudgeError(f"judge cache {str(path)!r} cannot be written: {problem.strerror}. Name a file in another folder.") from problem
         with self.session():
             pass
 

@@ -19,6 +19,8 @@ from steered_lm.steering.spec import SteeringSpec
 
 _LOGIT_BYTES = 2**28
 _ROUNDS = 100
+_WRONG = 10.0
+"""How many times the tolerance away a result is no result."""
 
 
 class Calibration(Config):
@@ -130,7 +132,7 @@ def calibrate_alpha(
         tolerance: how far from the target is near enough, as a share of it.
 
     Raises:
-        UserError: when an argument is not positive, or the target is not reached.
+        UserError: when an argument is not positive, or the target is not reached, or no alpha is that near the unsteered model.
     """
     for name, value in (("kl", target), ("start", start), ("limit", limit), ("tolerance", tolerance)):
         if not 0.0 < value < math.inf:
@@ -158,6 +160,11 @@ def calibrate_alpha(
     if gap(high) > 0.0:
         brentq(gap, low, high, xtol=1e-12, rtol=1e-6, maxiter=_ROUNDS)
     alpha, kl = min(tried, key=lambda pair: abs(pair[1] - target))
+    if abs(kl - target) > _WRONG * tolerance * target:
+        raise UserError(
+            f"kl={target:g} is met by no alpha: the nearest, alpha={alpha:.3g}, is {kl:.3g} nats a token away. What acts whatever alpha is (clamp, "
+            "or sites with an alpha of their own) sets a least divergence. Ask for a larger one, or leave such sites out."
+        )
     return Calibration(alpha=alpha, kl=kl, target=target, tried=tuple(tried))
 
 

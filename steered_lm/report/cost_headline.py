@@ -12,7 +12,6 @@ from steered_lm.report.wording import count, p_value, percent, plain, setting, s
 MISSING_SHARE = 0.1
 _TOLD = 6
 _ONE_BY_ONE = 4
-_FOUND: tuple[tuple[Tone, str], ...] = (("good", "gain"), ("bad", "loss"))
 
 
 def cost_headline(data: CostData, analysis: CostAnalysis) -> Headline:
@@ -24,7 +23,8 @@ def cost_headline(data: CostData, analysis: CostAnalysis) -> Headline:
         sentences: list[Sentence] = []
     elif joint:
         tone, title = _reach_title(data, joint)
-        sentences = [sentence for reach in joint for sentence in _at_reach(data, analysis, reach, analysis.reaches)]
+        # both sides of zero tell the same of a benefit where neither side reaches anything
+        sentences = list(dict.fromkeys(sentence for reach in joint for sentence in _at_reach(data, analysis, reach, analysis.reaches)))
     else:
         tone, title = _plain_title(data, analysis, arms)
         if len(arms) > _ONE_BY_ONE:
@@ -134,7 +134,7 @@ def _reach_title(data: CostData, joint: Sequence[Reach]) -> tuple[Tone, str]:
     tone: Tone = "good" if len(reached) == len(joint) else "bad" if any(r.measured for r in joint if r.arm is None) else "unclear"
     if len(joint) > 1:
         several = len(data.series) > 1
-        parts = [f"{f'{r.series} ' if several else ''}{_how_far(r, joint, axis)}" for r in joint]
+        parts = list(dict.fromkeys(f"{f'{r.series} ' if several else ''}{_how_far(r, joint, axis)}" for r in joint))
         return tone, f"Within the tolerance on {what}: {'; '.join(parts)}."
     if reached:
         return tone, f"Up to {axis} {setting(joint[0].x)}, {what} stays within its tolerance."
@@ -147,7 +147,7 @@ def _how_far(reach: Reach, joint: Sequence[Reach], axis: str) -> str:
 
 def _direction(reach: Reach, joint: Sequence[Reach]) -> str:
     both = any(other.series == reach.series and other is not reach for other in joint)
-    return "" if not both else "negative " if (reach.stopped_at or 0.0) < 0.0 else "positive "
+    return "" if not both or reach.stopped_at == 0.0 else "negative " if (reach.stopped_at or 0.0) < 0.0 else "positive "
 
 
 def _at_reach(data: CostData, analysis: CostAnalysis, joint: Reach, every: Sequence[Reach]) -> list[Sentence]:
@@ -185,6 +185,9 @@ def _benefit(data: CostData, analysis: CostAnalysis, arm: CostArm, measure: Meas
     )
     level = f"{where}{measure.name} is {level_words(data, analysis, arm.name, measure)}{scale}, {_against(change)}"
     verdict = _verdict(measure, change)
+    if measure.higher_is_better is None:
+        # whether more or less of a trait is wanted, only the reader knows
+        return _sentence("good" if _direction_of(change) else "unclear", level + ("." if _direction_of(change) else ": no change is shown."))
     tail = {"good": ".", "bad": ": it went the wrong way.", "unclear": ": no gain is shown.", "warning": "."}[verdict]
     return _sentence(verdict, level + tail)
 
@@ -201,10 +204,18 @@ def _p(change: Change) -> str:
 
 def _verdict(measure: Measure, change: Change) -> Tone:
     """Return good or bad for a change that survives the correction, by the measure's own direction."""
-    d = change.difference
-    if not change.established or d.mean is None or d.low is None or measure.higher_is_better is None:
+    direction = _direction_of(change)
+    if not direction or measure.higher_is_better is None:
         return "unclear"
-    return "good" if (d.mean > 0.0) == measure.higher_is_better else "bad"
+    return "good" if (direction > 0) == measure.higher_is_better else "bad"
+
+
+def _direction_of(change: Change) -> int:
+    """Return 1 for an established rise, -1 for an established fall, 0 where neither is established."""
+    d = change.difference
+    if not change.established or d.mean is None or d.low is None:
+        return 0
+    return 1 if d.mean > 0.0 else -1
 
 
 def _kept(data: CostData, analysis: CostAnalysis, arm: CostArm, measure: Measure, where: str) -> Sentence:
@@ -265,10 +276,15 @@ def _spread(data: CostData, analysis: CostAnalysis, measure: Measure, series: st
     if not found:
         return _sentence("unclear", f"{measure.name}: nothing to compare.")
     low, high = min(found, key=lambda one: one[1].value)[0], max(found, key=lambda one: one[1].value)[0]
-    tones = [_verdict(measure, change) for change, _ in found]
-    counted = "; ".join(f"a {word} is established under {tones.count(tone)} of {count(len(found), 'steered arm')}" for tone, word in _FOUND)
-    text = f"{measure.name}: from {change_words(low)} under {low.arm} to {change_words(high)} under {high.arm}; {counted}."
-    return _sentence("bad" if "bad" in tones else "good" if "good" in tones else "unclear", text)
+    ways = [_direction_of(change) for change, _ in found]
+    up, down = ("rise", "fall") if measure.higher_is_better is None else ("gain", "loss")
+    better = -1 if measure.higher_is_better is False else 1
+    told = ((up, better), (down, -better))
+    counted = "; ".join(f"a {word} is established under {ways.count(way)} of {count(len(found), 'steered arm')}" for word, way in told)
+    same = f"{change_words(low)} under {low.arm}" + (f", and the same under every other one of {len(found)}" if len(found) > 1 else "")
+    span = same if low is high else f"from {change_words(low)} under {low.arm} to {change_words(high)} under {high.arm}"
+    tone: Tone = "bad" if measure.higher_is_better is not None and -better in ways else "good" if any(ways) else "unclear"
+    return _sentence(tone, f"{measure.name}: {span}; {counted}.")
 
 
 def _warnings(data: CostData, analysis: CostAnalysis, arms: Sequence[CostArm]) -> list[Sentence]:

@@ -53,9 +53,11 @@ def side_effects(data: CostData, analysis: CostAnalysis) -> Figure | None:
 
 
 def matrix_axes(data: CostData) -> tuple[list[CostArm], list[Measure]]:
-    """Return the rows of the matrix of side effects, and its columns."""
+    """Return the rows of the matrix of side effects, and its columns; rows follow the columns, so that effects on the own trait are a diagonal."""
     arms = [arm for arm in data.arms if arm.trait is not None]
-    return arms, [m for m in data.measures if m.trait is not None and any(arm.name in m.values for arm in arms)]
+    measures = [m for m in data.measures if m.trait is not None and any(arm.name in m.values for arm in arms)]
+    columns = [m.trait for m in measures]
+    return sorted(arms, key=lambda arm: columns.index(arm.trait) if arm.trait in columns else len(columns)), measures
 
 
 def side_names(found: Sequence[CostArm] | Sequence[Measure]) -> list[str]:

@@ -136,8 +136,13 @@ def cost_csv(report: CostReport) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows(rows)
+    writer.writerows([[_harmless(cell) for cell in row] for row in rows])
     return out.getvalue()
+
+
+def _harmless(cell: Cell) -> Cell:
+    """Return a text that a spreadsheet would take for a formula with an apostrophe before it; numbers are as they are."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def _row(

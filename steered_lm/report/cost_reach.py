@@ -72,8 +72,8 @@ def reaches(data: CostData, series: str, arms: Sequence[CostArm], found: Mapping
     for sign in (1.0, -1.0):
         way = sorted((arm for arm in arms if arm.x is not None and arm.x * sign > 0), key=lambda arm: abs(arm.x or 0.0))
         if way:
-            # One trait's weight of zero leaves the other traits' weights where they are, so it is a step like any other.
-            way = [arm for arm in arms if arm.x == 0.0 and data.axis.startswith("weight")] + way
+            # A weight of zero leaves other traits' weights where they are, and a clamp to zero still clamps: steps like any other.
+            way = [arm for arm in arms if arm.x == 0.0 and (data.axis.startswith("weight") or arm.settings.get("operation") == "clamp")] + way
             own = [_reach(data, series, way, [measure], found) for measure in costs]
             far += [*own, *([_reach(data, series, way, costs, found)] if len(costs) > 1 else [])]
     return far
