@@ -340,6 +340,21 @@ def test_both_harnesses_give_the_same_items_for_an_adapter(tmp_path, judge, adap
     assert {name: len(record["items"]) for name, record in records["inspect"].items()} == {"humorous-00": 6, "optimistic-00": 6}
 
 
+@pytest.mark.parametrize("harness", ["lm-eval", "inspect"])
+def test_the_sampled_replies_to_a_question_differ_and_are_the_same_again(tmp_path, judge, collected, harness):
+    found = []
+    for folder in (tmp_path / "one", tmp_path / "again"):
+        metadata = {"samples": 3, "max_gen_toks": 12}
+        evaluation = {"judge": "markers", "backend": harness, "tasks": ["formality"], "metadata": metadata, "limit": 3}
+        experiment, backend = load(write_experiment(folder, {"calm": THREE["calm"]}, evaluation=evaluation))
+        train(experiment, backend=backend, sleep=lambda seconds: None)
+        assert [(one.status, one.reason) for one in evaluate(experiment, backend=backend)] == [("finished", None)]
+        (record,) = (folder / "cache" / "evaluate").glob("*/record.json")
+        found.append([item["responses"] for item in json.loads(record.read_text())["items"]])
+    assert found[0] == found[1]
+    assert [len(set(responses)) for responses in found[0]] == [3, 3, 3]
+
+
 def test_a_services_model_is_left_to_inspect(tmp_path, judge):
     file = write_experiment(tmp_path, {"calm": THREE["calm"]}, options={"service": {"calm": "openai/ft:m"}}, evaluation=judge.evaluation)
     experiment, backend = load(file)

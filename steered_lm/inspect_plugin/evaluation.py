@@ -54,9 +54,10 @@ def judged_items(
     """
     settings = run.model_dump(mode="json", exclude={"trait", "max_gen_toks"}, exclude_none=True)
     options = {**settings, "max_tokens": run.max_gen_toks, **{f"judge_{name}": value for name, value in judge_options.items()}}
-    drawn: dict[str, Any] = {"seed": seed} if run.heat else {}  # not every service takes a seed, and greedy replies need none
+    if run.heat:  # not every service takes a seed, and greedy replies need none
+        options["seed"] = seed
     (log,) = inspect_eval(
-        pv_trait(trait=run.trait, **options), model=model, model_args=dict(model_args), log_dir=str(log_dir), display="none", limit=limit, **drawn
+        pv_trait(trait=run.trait, **options), model=model, model_args=dict(model_args), log_dir=str(log_dir), display="none", limit=limit
     )
     if log.status != "success" or log.samples is None:
         said = "no reason given" if log.error is None else log.error.message
