@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -363,15 +364,21 @@ def test_a_services_model_is_left_to_inspect(tmp_path, judge):
     assert (found.status, found.reason) == ("skipped", "only Inspect can ask the service's model 'openai/ft:m'. Set evaluation.backend: inspect")
 
 
-def test_inspect_asks_a_services_model_by_its_name(tmp_path, judge, collected, monkeypatch):
+@pytest.mark.parametrize("known", [True, False])
+def test_inspect_asks_a_services_model_by_its_name_where_the_backend_or_else_the_environment_says(tmp_path, judge, collected, monkeypatch, known):
+    key = "sk-of-this-service"
+    asked = []
+
     def answer(number, body, headers):
         assert body["model"] == "ft:m"
+        asked.append(headers["Authorization"])
         return says("A duck walks in.")
 
     service = FaultServer(answer)
-    monkeypatch.setenv("OPENAI_BASE_URL", service.url)
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    options = {"service": {"calm": "openai/ft:m"}}
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/nobody" if known else service.url)
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong" if known else key)
+    monkeypatch.setenv("OTHER_KEY", key)
+    options = {"service": {"calm": "openai/ft:m"}, "place": {"base_url": service.url, "key_env": "OTHER_KEY"} if known else {}}
     file = write_experiment(tmp_path, {"calm": THREE["calm"]}, options=options, evaluation={**judge.evaluation, "backend": "inspect"})
     experiment, backend = load(file)
     train(experiment, backend=backend, sleep=lambda seconds: None)
@@ -382,6 +389,24 @@ def test_inspect_asks_a_services_model_by_its_name(tmp_path, judge, collected, m
     assert (found.status, found.reason) == ("finished", None), found.reason
     (cell,) = results(experiment, backend=backend).cells
     assert cell.scores == (float(trait_rule("A duck walks in.")),) * 6
+    assert set(asked) == {f"Bearer {key}"}
+    for log in (tmp_path / "cache").rglob("*"):
+        if log.suffix == ".eval":
+            with zipfile.ZipFile(log) as archive:
+                assert not any(key.encode() in archive.read(name) for name in archive.namelist())
+        else:
+            assert log.is_dir() or key.encode() not in log.read_bytes()
+
+
+def test_a_services_model_without_its_key_is_skipped_and_the_variable_named(tmp_path, judge, monkeypatch):
+    monkeypatch.delenv("OTHER_KEY", raising=False)
+    options = {"service": {"calm": "openai/ft:m"}, "place": {"key_env": "OTHER_KEY"}}
+    file = write_experiment(tmp_path, {"calm": THREE["calm"]}, options=options, evaluation={**judge.evaluation, "backend": "inspect"})
+    experiment, backend = load(file)
+    train(experiment, backend=backend, sleep=lambda seconds: None)
+    (found,) = evaluate(experiment, backend=backend)
+    assert found.status == "skipped"
+    assert found.reason.endswith("the environment variable OTHER_KEY is not set")
 
 
 def test_an_evaluation_that_fails_is_shown_stops_no_other_and_is_tried_again(tmp_path, judge):

@@ -1,8 +1,9 @@
 """What an experiment's models are measured by: trait tasks, in lm-eval or in Inspect, each model and task a step of its own."""
 
 import gc
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -148,6 +149,8 @@ class Harness:
             return f"nobody can ask the model {trained.model_id!r} of backend {trained.backend!r}"
         if self.experiment.evaluation.backend == "lm-eval":
             return f"only Inspect can ask the service's model {trained.inspect!r}. Set evaluation.backend: inspect"
+        if trained.key_env is not None and not os.environ.get(trained.key_env, "").strip():
+            return f"the service's model {trained.inspect!r} needs a key, and the environment variable {trained.key_env} is not set"
         return None
 
     def ask(self, trained: TrainedModel) -> "Asked":
@@ -185,26 +188,25 @@ class _InInspect:
         from steered_lm.inspect_plugin.evaluation import judged_items, open_model
 
         trained, experiment = self._trained, self._harness.experiment
-        model: Any
-        if trained.pretrained is not None:
-            if self._model is None:
-                given = {"peft": trained.peft, "device": self._harness.device}
-                made = open_model(f"steered-hf/{trained.pretrained}", {name: value for name, value in given.items() if value is not None})
-                self._model = self._opened.enter_context(made)
-            model, options = self._model, {}
-        else:
-            model = str(trained.inspect)
-            # OpenAI's older interface knows stop strings, and every compatible server has it
-            options = {"responses_api": False} if model.startswith("openai/") else {}
+        if trained.pretrained is not None and self._model is None:
+            given = {"peft": trained.peft, "device": self._harness.device}
+            made = open_model(f"steered-hf/{trained.pretrained}", {name: value for name, value in given.items() if value is not None})
+            self._model = self._opened.enter_context(made)
         return judged_items(
-            model,
+            self._model or self._service(open_model),
             self._harness.runs[task.name],
             experiment.evaluation.judge_options,
-            model_args=options,
             log_dir=work / "logs",
             limit=experiment.evaluation.limit,
             seed=experiment.training.seed,
         )
+
+    def _service(self, open_model: Callable[..., Any]) -> Any:
+        """Return a client of the service, a new one for each task: it lives in its evaluation's event loop."""
+        trained, name = self._trained, str(self._trained.inspect)
+        # OpenAI's older interface knows stop strings, and every compatible server has it
+        options = {"responses_api": False} if name.startswith("openai/") else {}
+        return open_model(name, options, base_url=trained.base_url, key_env=trained.key_env)
 
     def close(self) -> None:
         self._opened.close()

@@ -199,11 +199,11 @@ def write_progress(folder: Path, progress: Progress) -> None:
 
 
 def _model(job: Job, progress: Progress) -> TrainedModel:
-    """Return the finished model; Inspect reaches it by the service's OpenAI-compatible endpoint, whose address is among the facts."""
+    """Return the finished model; Inspect reaches it by the service's OpenAI-compatible endpoint."""
     path = str(progress.model)
-    endpoint = f"{job.options.base_url}/oai/api/v1"
-    facts = progress.model_dump(include={"steps", "loss", "tokens", "seconds"}) | {"inspect_base_url": endpoint, "checkpoint": progress.state}
-    return TrainedModel(backend=TinkerBackend.name, model_id=path, inspect=f"openai-api/tinker/{path}", digest=content_hash(path), facts=facts)
+    place = {"inspect": f"openai-api/tinker/{path}", "base_url": f"{job.options.base_url}/oai/api/v1", "key_env": job.options.key_env}
+    facts = progress.model_dump(include={"steps", "loss", "tokens", "seconds"}) | {"checkpoint": progress.state}
+    return TrainedModel(backend=TinkerBackend.name, model_id=path, **place, digest=content_hash(path), facts=facts)
 
 
 def _start(folder: Path, lock: int) -> None:
