@@ -1,9 +1,10 @@
 """What an experiment's models are measured by: trait tasks, in lm-eval or in Inspect, each model and task a step of its own."""
 
 import gc
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -11,13 +12,18 @@ from typing import Any, NamedTuple, Protocol
 
 import steered_lm
 from steered_lm.config import file_hash
+from steered_lm.judges import COMPUTED, PANEL_SUFFIXES, judge_names
+from steered_lm.judges.endpoint import MissingKeyError
 from steered_lm.judges.items import JudgedItem, identities
 from steered_lm.judges.trait_run import TraitRun
-from steered_lm.judges.traits import Trait, TraitError
+from steered_lm.judges.traits import Trait, TraitError, judge_needed
 from steered_lm.trait_models.backend import TrainedModel
 from steered_lm.trait_models.experiment import Evaluation, Experiment, ExperimentError
 from steered_lm.trait_models.store import Step, Store
 
+logger = logging.getLogger(__name__)
+_LIGHT = (*COMPUTED, "openai", "anthropic")
+"""Judges that load no model when they are built."""
 _PREFIX = "pv_"  # of the harness's tasks that are named after their trait
 _VERSIONS = {"lm-eval": ("lm-eval", "transformers", "torch"), "inspect": ("inspect-ai", "transformers", "torch")}
 
@@ -50,12 +56,40 @@ def detection_tasks(evaluation: Evaluation) -> list[DetectionTask]:
     for name in evaluation.tasks:
         given = {"trait": name.removeprefix(_PREFIX), "judge": evaluation.judge, **evaluation.metadata}
         run = TraitRun.parse(given, source="evaluation.metadata", error=TraitError)
-        trait = run.load()
+        try:
+            trait = run.load()
+        except TraitError as problem:
+            raise TraitError(f"evaluation.tasks holds {name!r}, and models are measured for traits. {problem}{_elsewhere(name)}") from problem
         found.append(DetectionTask(trait.name, run, trait))
     repeated = [name for name, count in Counter(task.name for task in found).items() if count > 1]
     if repeated:
         raise ExperimentError(f"evaluation.tasks names trait {repeated[0]!r} twice. Leave one out.")
     return found
+
+
+def _elsewhere(name: str) -> str:
+    """Return where to measure what is no trait."""
+    if Path(name).suffix:
+        return ""
+    return " What a model is capable of (MMLU, TruthfulQA, perplexity, a persona's fit) is measured by steered-lm cost --peft <adapter>."
+
+
+def check_judge(evaluation: Evaluation, tasks: Sequence[DetectionTask]) -> None:
+    """Refuse a judge that cannot judge the tasks, as far as can be told without loading a model; a key may come later, or on another machine.
+
+    Raises:
+        JudgeError: when there is none, or it is unknown, takes other options, or judges other things.
+    """
+    backend = str(evaluation.judge).partition(":")[0]
+    if evaluation.judge is not None and backend not in _LIGHT and (backend in judge_names() or backend.endswith(PANEL_SUFFIXES)):
+        return
+    for task in tasks:
+        try:
+            if task.run.judges(task.trait, evaluation.judge_options) is None:
+                raise judge_needed(f"evaluation.tasks={task.name!r}")
+        except MissingKeyError as problem:
+            logger.warning("models are trained, but cannot be evaluated yet: %s", problem)
+            return
 
 
 def evaluation_step(store: Store, experiment: Experiment, training: Step, trained: TrainedModel, task: DetectionTask, *, label: str) -> Step:
@@ -132,8 +166,6 @@ class Harness:
         for task in tasks:
             judges = self.runs[task.name].judges(task.trait, options)
             if judges is None:
-                from steered_lm.judges.traits import judge_needed
-
                 raise judge_needed(f"evaluation.tasks={task.name!r}")
             self.judges[task.name] = identities(judges)
         if evaluation.backend == "lm-eval":
