@@ -167,6 +167,9 @@ def test_every_model_is_checked_before_any_is_submitted_and_all_problems_are_nam
     file = write_experiment(tmp_path, THREE, options={"refused": ["wry", "clown"]})
     with pytest.raises(ExperimentError, match="2 of 3 models cannot be used; nothing was submitted:\n- wry: model wry is refused.\n- clown: model"):
         train_now(file)
+    file = write_experiment(tmp_path, THREE, dataset_options={"cache_dir": "cache", "sample_size": 1, "folder": "nowhere"})
+    with pytest.raises(ExperimentError, match="^every model: dataset_options.folder='.*nowhere' does not exist"):
+        train_now(file)
     file = write_experiment(tmp_path, THREE)
     (tmp_path / "data" / "clown.jsonl").write_text("")
     with pytest.raises(ExperimentError, match="models clown: .*clown.jsonl' is empty"):

@@ -237,6 +237,8 @@ def _for_each(named: Sequence[tuple[str, Item]], make: Callable[[Item], Made]) -
     if not problems:
         return made
     if len({str(problem) for _, problem in problems}) == 1:
+        if 1 < len(named) == len(problems):
+            raise ExperimentError(f"every model: {problems[0][1]}") from problems[0][1]
         raise ExperimentError(f"models {', '.join(name for name, _ in problems)}: {problems[0][1]}") from problems[0][1]
     told = "\n".join(f"- {name}: {problem}" for name, problem in problems)
     raise ExperimentError(f"{len(problems)} of {len(named)} models cannot be used; nothing was submitted:\n{told}") from problems[0][1]
