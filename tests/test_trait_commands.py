@@ -168,7 +168,9 @@ def test_paths_in_the_file_are_taken_from_its_folder_wherever_the_command_runs(t
     questions = {"instruction": [{"pos": "Be gruff.", "neg": "Be kind."}], "questions": ["How are you?"], "eval_prompt": "{question} {answer}"}
     (tmp_path / "mine" / "gruff.json").write_text(json.dumps(questions))
     metadata = {"folder": "mine"}
-    file = write_experiment(tmp_path, MODELS, base_model="base", evaluation={"tasks": ["mine/gruff.json"], "judge": "panel.yaml", "metadata": metadata})
+    file = write_experiment(
+        tmp_path, MODELS, base_model="base", evaluation={"tasks": ["mine/gruff.json"], "judge": "panel.yaml", "metadata": metadata}
+    )
     found = Experiment.load(file)
     assert found.training.base_model == str(tmp_path / "base")
     assert found.evaluation.tasks == (str(tmp_path / "mine" / "gruff.json"),)
