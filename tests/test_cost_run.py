@@ -13,6 +13,7 @@ from steered_lm.benchmarks.folder import VARIABLE
 from steered_lm.cli import app
 from steered_lm.content import TINY_CHAT
 from steered_lm.cost import measuring
+from steered_lm.cost.arms import trained_arms
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.measures import plan_task
 from steered_lm.cost.run import run_cost
@@ -253,6 +254,19 @@ def test_a_judge_that_fails_stops_the_run_and_what_was_finished_stays(spec, tmp_
     assert [task for task, _ in calls] == ["pv_evil"]
     evil = next(measure for measure in data.measures if measure.trait == "evil")
     assert all(value is not None for values in evil.values.values() for value in values)
+
+
+def test_trained_models_go_by_the_names_of_their_experiments_and_those_of_one_name_are_told_apart(tmp_path):
+    adapters = {}
+    for number, name in enumerate(("evil-mild", "evil-severe", "evil-severe")):
+        work = tmp_path / str(number) / "work"
+        (work / "adapter").mkdir(parents=True)
+        (work / "request.json").write_text(json.dumps({"name": name, "seed": 0}))
+        adapters[work / "adapter"] = f"{number}" * 64
+    adapters[tmp_path / "mine" / "adapter"] = "f" * 64
+    adapters[tmp_path / "yours"] = "e" * 64
+    names = [arm.shown.name.removeprefix("trained: ") for arm in trained_arms(adapters)]
+    assert names == ["evil-mild", "evil-severe (11111111)", "evil-severe (22222222)", "mine", "yours"]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own use of transformers

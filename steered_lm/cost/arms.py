@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from steered_lm.config import read_structured
 from steered_lm.cost.sweep import Sweep
-from steered_lm.errors import SpecError
+from steered_lm.errors import SpecError, UserError
 from steered_lm.measure.divergence import with_alpha
 from steered_lm.report.cost_data import UNSTEERED, CostArm
 from steered_lm.report.data import Scalar
@@ -99,10 +100,26 @@ def prompted_arm(system: str) -> Arm:
     return Arm(CostArm(name=f"prompted: {short}", series=f"prompted: {short}", settings={"system turn": system}), system=system)
 
 
-def trained_arm(adapter: Path) -> Arm:
-    """Return the arm of a model that was trained: an adapter's folder, or the folder of a job with one, without steering."""
-    name = adapter.resolve().parent.name if adapter.name == "adapter" else adapter.name
-    return Arm(CostArm(name=f"trained: {name}", series=f"trained: {name}", settings={"adapter": str(adapter)}))
+def trained_arms(adapters: Mapping[Path, str]) -> list[Arm]:
+    """Return the arms of models that were trained, without steering, by the names that their experiments or folders have.
+
+    Args:
+        adapters: adapters' folders and their hashes, which tell those of one name apart.
+    """
+    names = [_trained_name(adapter) for adapter in adapters]
+    told = [name if names.count(name) == 1 else f"{name} ({digest[:8]})" for name, digest in zip(names, adapters.values(), strict=True)]
+    return [
+        Arm(CostArm(name=f"trained: {name}", series=f"trained: {name}", settings={"adapter": str(adapter)}))
+        for name, adapter in zip(told, adapters, strict=True)
+    ]
+
+
+def _trained_name(adapter: Path) -> str:
+    folder = adapter.resolve()
+    job = folder.parent if folder.name == "adapter" else folder
+    request = job / "request.json"  # of steered-lm traits train
+    found = read_structured(request, error=UserError) if request.is_file() else None
+    return str(found["name"]) if isinstance(found, dict) and found.get("name") else job.name
 
 
 def _swept(sweep: Sweep, spec: SteeringSpec, value: float, kl: float | None, at_kl: AtKl) -> SteeringSpec:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from steered_lm.cost.arms import Arm, base_arms, load_specs, prompted_arm, side_effect_arms, trained_arm
+from steered_lm.cost.arms import Arm, base_arms, load_specs, prompted_arm, side_effect_arms, trained_arms
 from steered_lm.cost.cells import Cells
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.gather import fluency_measures, item_measure, samples, token_measure
@@ -52,7 +52,7 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     sweeps = {name: None if config.sweep is None else Sweep.of_text(config.sweep, spec) for name, spec in specs.items()}
     plans = _plans(config)
     adapters = {folder: adapter_digest(folder) for folder in config.peft}
-    trained = [trained_arm(folder) for folder in adapters]
+    trained = trained_arms(adapters)
     _distinct("peft", [arm.name for arm in trained])
     lm = load_lm(config.model)
     for spec in specs.values():
