@@ -22,7 +22,7 @@ Made = TypeVar("Made")
 
 Group = Literal["running", "succeeded", "failed", "not submitted"]
 GROUPS: tuple[Group, ...] = ("running", "succeeded", "failed", "not submitted")
-_NEARLY = 0.8  # from where on a trait's name is taken for a slip
+_NEARLY = 0.85  # from where on a trait's name is taken for a slip
 _HERE = "./"  # begins a path within a step's folder, so that the whole cache can be moved
 
 
