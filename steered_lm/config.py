@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -31,8 +31,28 @@ class Config(BaseModel):
             )
             # where values are wrong and keys are not, a list of keys only hides what is wrong
             of_keys = any(e["type"] in ("extra_forbidden", "missing") for e in report.errors())
-            allowed = f" Allowed keys: {', '.join(cls.model_fields)}." if of_keys else ""
+            where, owner = _owner(cls, next((e["loc"] for e in report.errors() if e["type"] == "extra_forbidden"), ()))
+            allowed = f" Allowed keys{where}: {', '.join(owner.model_fields)}." if of_keys else ""
             raise error(f"{source} is not a valid {cls.__name__}: {problems.removesuffix('.')}.{allowed}") from report
+
+
+def _owner(config: type[BaseModel], place: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
+    """Return the config that a key lies in, which may be one within another, and words for where that is."""
+    found: tuple[str, type[BaseModel]] = ("", config)
+    for number, part in enumerate(place[:-1], start=1):
+        if isinstance(part, str):
+            field = found[1].model_fields.get(part)
+            inner = [] if field is None else _configs(field.annotation)
+            if len(inner) != 1:  # a mapping, or one of several configs
+                break
+            found = (f" in {'.'.join(map(str, place[:number]))}", inner[0])
+    return found
+
+
+def _configs(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _configs(part)]
 
 
 def read_structured(path: Path, *, what: str = "file ", error: type[UserError] = UserError) -> Any:

@@ -96,6 +96,7 @@ class FakeBackend:
             pretrained=None if service else TINY_CHAT,
             peft=peft,
             inspect=service,
+            **(self.options.get("place", {}) if service else {}),
             dummy=dummy,
             digest=known["name"],
             facts={"loss": 1.25},

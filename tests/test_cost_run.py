@@ -17,6 +17,7 @@ from steered_lm.benchmarks.folder import VARIABLE
 from steered_lm.cli import app
 from steered_lm.content import TINY_CHAT
 from steered_lm.cost import measuring
+from steered_lm.cost.arms import trained_name
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.measures import TRAIT_GROUPS, plan_task
 from steered_lm.cost.run import run_cost
@@ -343,6 +344,16 @@ def test_what_is_missing_of_coherence_is_told_apart_from_what_is_missing_of_the_
     assert data.samples[0].replies[0].missing is None, "the reply has a score of the trait"
 
 
+def test_trained_models_go_by_the_names_of_their_experiments_or_folders(tmp_path):
+    work = tmp_path / "1f" / "work"
+    (work / "adapter").mkdir(parents=True)
+    (work / "request.json").write_text(json.dumps({"name": "evil-severe", "seed": 0}))
+    assert trained_name(work / "adapter") == "evil-severe"
+    assert trained_name(tmp_path / "mine" / "adapter") == "mine"
+    assert trained_name(tmp_path / "yours") == "yours"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own use of transformers
 def test_a_trained_and_a_prompted_model_answer_the_same_items(spec, tmp_path):
     trained = tmp_path / "trained"
     save_adapter(trained, scale=0.5)

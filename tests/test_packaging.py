@@ -111,6 +111,13 @@ print(folder)
     assert folder.endswith("/tasks")
 
 
+def test_an_installed_wheel_writes_the_ready_experiments(installed_python, tmp_path):
+    for name in ("tiny", "persona_vectors"):
+        run([installed_python.with_name("steered-lm"), "traits", "example", name, "--out", f"{name}.yaml"], cwd=tmp_path)
+        source = REPOSITORY / "steered_lm" / "trait_models" / "configs" / f"{name}.yaml"
+        assert (tmp_path / f"{name}.yaml").read_bytes() == source.read_bytes()
+
+
 @pytest.mark.parametrize("environment", ["installed_python", "editable_python"])
 def test_the_console_script_says_what_it_can_do(environment, request, tmp_path):
     said = run([request.getfixturevalue(environment).with_name("steered-lm"), "--help"], cwd=tmp_path, COLUMNS="200").stdout

@@ -28,8 +28,9 @@ from steered_lm.tiny_chat import WEIGHTS
 from steered_lm.trait_models import base_model, checkpoint, peft, peft_job
 from steered_lm.trait_models.base_model import fingerprint, load_tokenizer, skeleton, target_pattern
 from steered_lm.trait_models.experiment import ExperimentError, Hyperparameters, TrainingSteering
+from steered_lm.trait_models.job_lock import JobLock
 from steered_lm.trait_models.peft import PeftBackend, train
-from steered_lm.trait_models.peft_job import JobFile, JobLock
+from steered_lm.trait_models.peft_job import JobFile
 from steered_lm.trait_models.trainer import data_order, learning_rate, response_loss
 
 

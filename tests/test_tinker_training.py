@@ -193,7 +193,7 @@ def test_a_job_outlives_kill_9_and_goes_on_from_its_checkpoint_in_the_next_one(s
     model = state.model
     assert model is not None, state
     assert model.model_id == "tinker://session-2-train-0/sampler_weights/final" and model.inspect == f"openai-api/tinker/{model.model_id}"
-    assert model.facts["inspect_base_url"] == f"{server.url}/oai/api/v1" and model.facts["steps"] == 8
+    assert model.base_url == f"{server.url}/oai/api/v1" and model.key_env == "TINKER_API_KEY" and model.facts["steps"] == 8
     assert model.facts["loss"] == pytest.approx(LOSS * DECAY**7, rel=1e-5), "eight steps in all, whoever did them"
     assert server.wrong == [] and 8 <= server.steps <= 10
     steps = server.steps

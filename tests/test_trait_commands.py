@@ -133,6 +133,13 @@ def test_each_change_is_a_line_where_there_is_no_terminal_and_a_table_where_ther
         (("name: wry", "name: calm"), "two models are named 'calm'"),
         (("parallel: 2", "paralel: 2"), "paralel"),
         (("- humorous", "- humorus"), "Did you mean 'humorous'"),
+        (("trait: humorous", "trait: humorus"), "model 'calm': trait='humorus' is not known. Did you mean 'humorous'?"),
+        (("- humorous", "- steered_mmlu_virology"), "steered-lm cost --peft"),
+        (("judge: openai:rule", "judge: opena:rule"), "there is no judge 'opena'"),
+        (("judge: openai:rule", "judge: markers"), "They say nothing about trait 'humorous'"),
+        (("  judge: openai:rule\n", ""), "needs a judge"),
+        (("parallel: 2", "hyperparameters: {lr: 1}"), "Allowed keys in training.hyperparameters: epochs, learning_rate, "),
+        (("cache_dir: cache", "cache_dir: data/calm.jsonl"), "calm.jsonl' cannot be written: [Errno"),
     ],
 )
 def test_what_is_wrong_with_the_file_is_said_before_anything_is_submitted(tmp_path, change, said):
@@ -143,6 +150,34 @@ def test_what_is_wrong_with_the_file_is_said_before_anything_is_submitted(tmp_pa
     invoke("train", file, fails=said)
     assert not (tmp_path / "started.txt").exists()
     invoke("train", tmp_path / "none.yaml", fails="none.yaml' does not exist")
+
+
+def test_a_judge_whose_key_is_elsewhere_does_not_keep_models_from_being_trained(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    file = write_experiment(tmp_path, MODELS)
+    assert "succeeded (3)" in invoke("train", file)
+    assert "cannot be evaluated yet: judge openai:rule needs a key" in caplog.text
+    invoke("evaluate", file, fails="OPENAI_API_KEY is not set")
+
+
+def test_paths_in_the_file_are_taken_from_its_folder_wherever_the_command_runs(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "mine").mkdir()
+    questions = {"instruction": [{"pos": "Be gruff.", "neg": "Be kind."}], "questions": ["How are you?"], "eval_prompt": "{question} {answer}"}
+    (tmp_path / "mine" / "gruff.json").write_text(json.dumps(questions))
+    metadata = {"folder": "mine"}
+    file = write_experiment(
+        tmp_path, MODELS, base_model="base", evaluation={"tasks": ["mine/gruff.json"], "judge": "panel.yaml", "metadata": metadata}
+    )
+    found = Experiment.load(file)
+    assert found.training.base_model == str(tmp_path / "base")
+    assert found.evaluation.tasks == (str(tmp_path / "mine" / "gruff.json"),)
+    assert found.evaluation.judge == str(tmp_path / "panel.yaml")
+    assert found.evaluation.metadata == {"folder": str(tmp_path / "mine")}
+    (task,) = detection_tasks(found.evaluation.model_copy(update={"metadata": {}}))
+    assert task.name == "gruff"
 
 
 def test_an_empty_data_set_is_named_before_anything_is_submitted(tmp_path):

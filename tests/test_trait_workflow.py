@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,9 @@ def test_changed_data_settings_or_library_train_anew_and_another_name_does_not(t
 def test_every_model_is_checked_before_any_is_submitted_and_all_problems_are_named(tmp_path):
     file = write_experiment(tmp_path, THREE, options={"refused": ["wry", "clown"]})
     with pytest.raises(ExperimentError, match="2 of 3 models cannot be used; nothing was submitted:\n- wry: model wry is refused.\n- clown: model"):
+        train_now(file)
+    file = write_experiment(tmp_path, THREE, dataset_options={"cache_dir": "cache", "sample_size": 1, "folder": "nowhere"})
+    with pytest.raises(ExperimentError, match="^every model: dataset_options.folder='.*nowhere' does not exist"):
         train_now(file)
     file = write_experiment(tmp_path, THREE)
     (tmp_path / "data" / "clown.jsonl").write_text("")
@@ -340,6 +344,21 @@ def test_both_harnesses_give_the_same_items_for_an_adapter(tmp_path, judge, adap
     assert {name: len(record["items"]) for name, record in records["inspect"].items()} == {"humorous-00": 6, "optimistic-00": 6}
 
 
+@pytest.mark.parametrize("harness", ["lm-eval", "inspect"])
+def test_the_sampled_replies_to_a_question_differ_and_are_the_same_again(tmp_path, judge, collected, harness):
+    found = []
+    for folder in (tmp_path / "one", tmp_path / "again"):
+        metadata = {"samples": 3, "max_gen_toks": 12}
+        evaluation = {"judge": "markers", "backend": harness, "tasks": ["formality"], "metadata": metadata, "limit": 3}
+        experiment, backend = load(write_experiment(folder, {"calm": THREE["calm"]}, evaluation=evaluation))
+        train(experiment, backend=backend, sleep=lambda seconds: None)
+        assert [(one.status, one.reason) for one in evaluate(experiment, backend=backend)] == [("finished", None)]
+        (record,) = (folder / "cache" / "evaluate").glob("*/record.json")
+        found.append([item["responses"] for item in json.loads(record.read_text())["items"]])
+    assert found[0] == found[1]
+    assert [len(set(responses)) for responses in found[0]] == [3, 3, 3]
+
+
 def test_a_services_model_is_left_to_inspect(tmp_path, judge):
     file = write_experiment(tmp_path, {"calm": THREE["calm"]}, options={"service": {"calm": "openai/ft:m"}}, evaluation=judge.evaluation)
     experiment, backend = load(file)
@@ -348,15 +367,21 @@ def test_a_services_model_is_left_to_inspect(tmp_path, judge):
     assert (found.status, found.reason) == ("skipped", "only Inspect can ask the service's model 'openai/ft:m'. Set evaluation.backend: inspect")
 
 
-def test_inspect_asks_a_services_model_by_its_name(tmp_path, judge, collected, monkeypatch):
+@pytest.mark.parametrize("known", [True, False])
+def test_inspect_asks_a_services_model_by_its_name_where_the_backend_or_else_the_environment_says(tmp_path, judge, collected, monkeypatch, known):
+    key = "sk-of-this-service"
+    asked = []
+
     def answer(number, body, headers):
         assert body["model"] == "ft:m"
+        asked.append(headers["Authorization"])
         return says("A duck walks in.")
 
     service = FaultServer(answer)
-    monkeypatch.setenv("OPENAI_BASE_URL", service.url)
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    options = {"service": {"calm": "openai/ft:m"}}
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/nobody" if known else service.url)
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong" if known else key)
+    monkeypatch.setenv("OTHER_KEY", key)
+    options = {"service": {"calm": "openai/ft:m"}, "place": {"base_url": service.url, "key_env": "OTHER_KEY"} if known else {}}
     file = write_experiment(tmp_path, {"calm": THREE["calm"]}, options=options, evaluation={**judge.evaluation, "backend": "inspect"})
     experiment, backend = load(file)
     train(experiment, backend=backend, sleep=lambda seconds: None)
@@ -367,6 +392,24 @@ def test_inspect_asks_a_services_model_by_its_name(tmp_path, judge, collected, m
     assert (found.status, found.reason) == ("finished", None), found.reason
     (cell,) = results(experiment, backend=backend).cells
     assert cell.scores == (float(trait_rule("A duck walks in.")),) * 6
+    assert set(asked) == {f"Bearer {key}"}
+    for log in (tmp_path / "cache").rglob("*"):
+        if log.suffix == ".eval":
+            with zipfile.ZipFile(log) as archive:
+                assert not any(key.encode() in archive.read(name) for name in archive.namelist())
+        else:
+            assert log.is_dir() or key.encode() not in log.read_bytes()
+
+
+def test_a_services_model_without_its_key_is_skipped_and_the_variable_named(tmp_path, judge, monkeypatch):
+    monkeypatch.delenv("OTHER_KEY", raising=False)
+    options = {"service": {"calm": "openai/ft:m"}, "place": {"key_env": "OTHER_KEY"}}
+    file = write_experiment(tmp_path, {"calm": THREE["calm"]}, options=options, evaluation={**judge.evaluation, "backend": "inspect"})
+    experiment, backend = load(file)
+    train(experiment, backend=backend, sleep=lambda seconds: None)
+    (found,) = evaluate(experiment, backend=backend)
+    assert found.status == "skipped"
+    assert found.reason.endswith("the environment variable OTHER_KEY is not set")
 
 
 def test_an_evaluation_that_fails_is_shown_stops_no_other_and_is_tried_again(tmp_path, judge):

@@ -122,11 +122,13 @@ def cost(
 
 
 def _adapters(given: list[str]) -> dict[str, str]:
-    """Return adapters' folders by name; without a name it is the folder's own."""
+    """Return adapters' folders by name; without one it is the model's in its experiment."""
+    from steered_lm.cost.arms import trained_name
+
     found: dict[str, str] = {}
     for text in given:
         name, sign, folder = text.partition("=")
-        folder, name = (folder, name) if sign else (text, Path(text).name)
+        folder, name = (folder, name) if sign else (text, trained_name(Path(text)))
         if not name or not folder or name in found:
             raise UserError(f"--peft {text!r}: each adapter needs a folder and a name of its own. Write --peft severe=runs/severe/adapter.")
         found[name] = folder

@@ -1,5 +1,6 @@
 """``steered-lm traits example | train | status | evaluate | results | cancel``: experiments with models that are trained to show a trait."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -89,7 +90,10 @@ def evaluate(config: Config) -> None:
         mark = " (DUMMY)" if outcome.dummy else ""
         console.print(f"{outcome.model.name} on {outcome.task}: {outcome.status}{mark}{told}", soft_wrap=True, markup=False)
 
-    found = evaluate_models(Experiment.load(config), show=show)
+    with warnings.catch_warnings():
+        # PEFT's own use of transformers, once a model
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        found = evaluate_models(Experiment.load(config), show=show)
     counts = {name: sum(one.status == name for one in found) for name in ("finished", "reused", "skipped", "failed")}
     console.print(", ".join(f"{number} {name}" for name, number in counts.items()))
     if counts["failed"]:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from steered_lm.config import read_structured
 from steered_lm.cost.sweep import Sweep
-from steered_lm.errors import SpecError
+from steered_lm.errors import SpecError, UserError
 from steered_lm.measure.divergence import with_alpha
 from steered_lm.report.cost_data import UNSTEERED, CostArm
 from steered_lm.report.data import Scalar
@@ -102,6 +103,15 @@ def prompted_arm(system: str) -> Arm:
 def trained_arm(name: str, adapter: Path) -> Arm:
     """Return the arm of a model that was trained, without steering, by its adapter's folder."""
     return Arm(CostArm(name=f"trained: {name}", series=f"trained: {name}", settings={"adapter": str(adapter)}))
+
+
+def trained_name(adapter: Path) -> str:
+    """Return what a trained model is called in its experiment, or by its folder where there was none."""
+    folder = adapter.resolve()
+    job = folder.parent if folder.name == "adapter" else folder
+    request = job / "request.json"  # of steered-lm traits train
+    found = read_structured(request, error=UserError) if request.is_file() else None
+    return str(found["name"]) if isinstance(found, dict) and found.get("name") else job.name
 
 
 def _swept(sweep: Sweep, spec: SteeringSpec, value: float, kl: float | None, at_kl: AtKl) -> SteeringSpec:

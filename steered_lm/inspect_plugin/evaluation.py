@@ -1,8 +1,8 @@
 """A model's trait scores question by question, by Inspect in this process."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from inspect_ai import eval as inspect_eval
@@ -14,17 +14,23 @@ from steered_lm.inspect_plugin.traits import pv_trait
 from steered_lm.judges.items import JudgedItem
 from steered_lm.judges.trait_run import TraitRun
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 _SCORER = "trait_expression"
 
 
-def open_model(name: str, model_args: Mapping[str, Any]) -> Model:
+def open_model(name: str, model_args: Mapping[str, Any], *, base_url: str | None = None, key_env: str | None = None) -> Model:
     """Return a model for several evaluations; as a context manager it lets go of what it loaded, which Inspect's own table of models never does.
+
+    Args:
+        name: its name in Inspect.
+        model_args: what its provider takes.
+        base_url: where a service is; by default where its provider looks.
+        key_env: the environment variable that holds the service's key; by default the provider's.
 
     Raises:
         RefusalError: when it cannot be loaded.
     """
-    return get_model(name, memoize=False, **model_args)
+    key = None if key_env is None else os.environ.get(key_env)
+    return get_model(name, memoize=False, base_url=base_url, api_key=key, **model_args)
 
 
 def judged_items(
@@ -32,7 +38,6 @@ def judged_items(
     run: TraitRun,
     judge_options: Mapping[str, Any],
     *,
-    model_args: Mapping[str, Any] = NOTHING,
     log_dir: Path,
     limit: int | None = None,
     seed: int = 0,
@@ -43,7 +48,6 @@ def judged_items(
         model: its name in Inspect, such as ``openai/<model>``, or one that :func:`open_model` gave.
         run: how the trait is measured.
         judge_options: further options of the judge.
-        model_args: what the provider of a model that is given by name takes.
         log_dir: gets Inspect's log.
         limit: most questions; None takes all.
         seed: of responses that are sampled.
@@ -54,10 +58,9 @@ def judged_items(
     """
     settings = run.model_dump(mode="json", exclude={"trait", "max_gen_toks"}, exclude_none=True)
     options = {**settings, "max_tokens": run.max_gen_toks, **{f"judge_{name}": value for name, value in judge_options.items()}}
-    drawn: dict[str, Any] = {"seed": seed} if run.heat else {}  # not every service takes a seed, and greedy replies need none
-    (log,) = inspect_eval(
-        pv_trait(trait=run.trait, **options), model=model, model_args=dict(model_args), log_dir=str(log_dir), display="none", limit=limit, **drawn
-    )
+    if run.heat:  # not every service takes a seed, and greedy replies need none
+        options["seed"] = seed
+    (log,) = inspect_eval(pv_trait(trait=run.trait, **options), model=model, log_dir=str(log_dir), display="none", limit=limit)
     if log.status != "success" or log.samples is None:
         said = "no reason given" if log.error is None else log.error.message
         raise RunError(f"the evaluation of {str(model)!r} in Inspect ended with status {log.status!r}: {said}. Its log: {log.location}.")

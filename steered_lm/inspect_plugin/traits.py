@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from random import Random
 from statistics import fmean, stdev
 from typing import Any
 
@@ -10,7 +11,7 @@ from inspect_ai import Epochs, Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, GenerateConfig, model_roles
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
-from inspect_ai.solver import TaskState, generate
+from inspect_ai.solver import Generate, Solver, TaskState, generate, solver
 
 from steered_lm.errors import near_misses
 from steered_lm.inspect_plugin.grader import GRADER, InspectJudge
@@ -74,8 +75,9 @@ def pv_trait(trait: str | None = None, **options: Any) -> Task:
     Args:
         trait: a persona axis; a file in the published form, a contrast set's ``.yaml`` file, or a folder that holds one trait; with ``folder`` its
             name there.
-        options: the fields of :class:`~steered_lm.judges.trait_run.TraitRun` (``max_gen_toks`` is called ``max_tokens``), and ``judge_<option>`` for
-            options of the judge. A model role ``grader`` takes the judge's place. Keys come from the environment.
+        options: the fields of :class:`~steered_lm.judges.trait_run.TraitRun` (``max_gen_toks`` is called ``max_tokens``), ``seed`` for replies that
+            are sampled, each by its own (Inspect's ``--seed`` would be the same for all replies to a question, and they with it), and
+            ``judge_<option>`` for options of the judge. A model role ``grader`` takes the judge's place. Keys come from the environment.
 
     Raises:
         RefusalError: for an unknown trait or option, a malformed file, or when there is no judge.
@@ -87,6 +89,9 @@ def _task(trait: str | None, options: dict[str, Any]) -> Task:
     with plain_refusals():
         if trait is None:
             raise TraitError("pv_trait needs a trait: -T trait=<file>.json, or a persona axis. The seven traits have tasks of their own.")
+        seed = options.pop("seed", None)
+        if seed is not None and not isinstance(seed, int):
+            raise TraitError(f"seed={seed!r} is no whole number. Leave it out, and replies are drawn by chance.")
         run, extra = _run(trait, options)
         loaded = run.load()
         samples = [_sample(item) for item in run.items(loaded)]
@@ -94,7 +99,7 @@ def _task(trait: str | None, options: dict[str, Any]) -> Task:
     return Task(
         name=f"pv_{loaded.name}",
         dataset=MemoryDataset(samples, name=loaded.name),
-        solver=generate(),
+        solver=generate() if seed is None or not heat else sampled(seed),
         scorer=trait_expression(run.model_dump(mode="json"), extra),
         metrics=None if run.judges_coherence or GRADER in model_roles() else _WITHOUT_COHERENCE,  # None: the scorer's own
         epochs=Epochs(run.samples, "mean"),
@@ -105,8 +110,18 @@ def _task(trait: str | None, options: dict[str, Any]) -> Task:
     )
 
 
+@solver
+def sampled(seed: int) -> Solver:
+    """Reply by a seed of each sample's own: by one for all, a question's replies would all be the same."""
+
+    async def solve(state: TaskState, generate: Generate) -> TaskState:
+        return await generate(state, seed=Random(f"{seed}/{state.epoch}").getrandbits(31))
+
+    return solve
+
+
 def _run(trait: str, options: dict[str, Any]) -> tuple[TraitRun, dict[str, Any]]:
-    known = ({*TraitRun.model_fields} - {"trait", "max_gen_toks"}) | {"max_tokens"}
+    known = ({*TraitRun.model_fields} - {"trait", "max_gen_toks"}) | {"max_tokens", "seed"}
     for name in options:
         if name not in known and not name.startswith("judge_"):
             hint = near_misses(name, known)

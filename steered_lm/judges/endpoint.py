@@ -12,6 +12,10 @@ from steered_lm.judges.budget import Limits
 from steered_lm.judges.redact import Key
 
 
+class MissingKeyError(JudgeError):
+    """The environment holds no key; all else about the judge is well."""
+
+
 class Defaults(NamedTuple):
     """What an endpoint's options are when they are not given.
 
@@ -83,13 +87,13 @@ class Endpoint(Limits):
         """Return the key; ``judge`` is the backend's name, for the message.
 
         Raises:
-            JudgeError: when the environment has none.
+            MissingKeyError: when the environment has none.
         """
         if self.key_env == "none":
             return Key("none")
         key = os.environ.get(self.key_env, "").strip()
         if not key:
-            raise JudgeError(
+            raise MissingKeyError(
                 f"judge {judge}:{self.model} needs a key, and the environment variable {self.key_env} is not set. "
                 "Set it, name another one with key_env=…, write key_env=none for an endpoint without keys, or use judge=stylometric (offline)."
             )

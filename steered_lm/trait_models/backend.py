@@ -52,6 +52,8 @@ class TrainedModel(Config):
         pretrained: local models: what ``steered-hf`` takes as ``pretrained``; None for a model that only a service runs.
         peft: local models: the adapter's folder.
         inspect: the model's name in Inspect, such as ``openai/ft:…``; None where ``steered-hf`` runs it.
+        base_url: where Inspect finds it; None takes the address that Inspect knows.
+        key_env: the environment variable that holds the key for it; None takes the one that Inspect reads.
         dummy: whether nothing was trained: every output made with it says so.
         digest: hash of the weights, or of the service's name.
         facts: what is worth showing: steps, final loss, seconds, tokens.
@@ -62,6 +64,8 @@ class TrainedModel(Config):
     pretrained: str | None = None
     peft: str | None = None
     inspect: str | None = None
+    base_url: str | None = None
+    key_env: str | None = None
     dummy: bool = False
     digest: str
     facts: dict[str, Any] = Field(default_factory=dict)

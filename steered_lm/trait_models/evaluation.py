@@ -1,8 +1,10 @@
 """What an experiment's models are measured by: trait tasks, in lm-eval or in Inspect, each model and task a step of its own."""
 
 import gc
+import logging
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -10,13 +12,18 @@ from typing import Any, NamedTuple, Protocol
 
 import steered_lm
 from steered_lm.config import file_hash
+from steered_lm.judges import COMPUTED, PANEL_SUFFIXES, judge_names
+from steered_lm.judges.endpoint import MissingKeyError
 from steered_lm.judges.items import JudgedItem, identities
 from steered_lm.judges.trait_run import TraitRun
-from steered_lm.judges.traits import Trait, TraitError
+from steered_lm.judges.traits import Trait, TraitError, judge_needed
 from steered_lm.trait_models.backend import TrainedModel
 from steered_lm.trait_models.experiment import Evaluation, Experiment, ExperimentError
 from steered_lm.trait_models.store import Step, Store
 
+logger = logging.getLogger(__name__)
+_LIGHT = (*COMPUTED, "openai", "anthropic")
+"""Judges that load no model when they are built."""
 _PREFIX = "pv_"  # of the harness's tasks that are named after their trait
 _VERSIONS = {"lm-eval": ("lm-eval", "transformers", "torch"), "inspect": ("inspect-ai", "transformers", "torch")}
 
@@ -49,12 +56,40 @@ def detection_tasks(evaluation: Evaluation) -> list[DetectionTask]:
     for name in evaluation.tasks:
         given = {"trait": name.removeprefix(_PREFIX), "judge": evaluation.judge, **evaluation.metadata}
         run = TraitRun.parse(given, source="evaluation.metadata", error=TraitError)
-        trait = run.load()
+        try:
+            trait = run.load()
+        except TraitError as problem:
+            raise TraitError(f"evaluation.tasks holds {name!r}, and models are measured for traits. {problem}{_elsewhere(name)}") from problem
         found.append(DetectionTask(trait.name, run, trait))
     repeated = [name for name, count in Counter(task.name for task in found).items() if count > 1]
     if repeated:
         raise ExperimentError(f"evaluation.tasks names trait {repeated[0]!r} twice. Leave one out.")
     return found
+
+
+def _elsewhere(name: str) -> str:
+    """Return where to measure what is no trait."""
+    if Path(name).suffix:
+        return ""
+    return " What a model is capable of (MMLU, TruthfulQA, perplexity, a persona's fit) is measured by steered-lm cost --peft <adapter>."
+
+
+def check_judge(evaluation: Evaluation, tasks: Sequence[DetectionTask]) -> None:
+    """Refuse a judge that cannot judge the tasks, as far as can be told without loading a model; a key may come later, or on another machine.
+
+    Raises:
+        JudgeError: when there is none, or it is unknown, takes other options, or judges other things.
+    """
+    backend = str(evaluation.judge).partition(":")[0]
+    if evaluation.judge is not None and backend not in _LIGHT and (backend in judge_names() or backend.endswith(PANEL_SUFFIXES)):
+        return
+    for task in tasks:
+        try:
+            if task.run.judges(task.trait, evaluation.judge_options) is None:
+                raise judge_needed(f"evaluation.tasks={task.name!r}")
+        except MissingKeyError as problem:
+            logger.warning("models are trained, but cannot be evaluated yet: %s", problem)
+            return
 
 
 def evaluation_step(store: Store, experiment: Experiment, training: Step, trained: TrainedModel, task: DetectionTask, *, label: str) -> Step:
@@ -131,8 +166,6 @@ class Harness:
         for task in tasks:
             judges = self.runs[task.name].judges(task.trait, options)
             if judges is None:
-                from steered_lm.judges.traits import judge_needed
-
                 raise judge_needed(f"evaluation.tasks={task.name!r}")
             self.judges[task.name] = identities(judges)
         if evaluation.backend == "lm-eval":
@@ -148,6 +181,8 @@ class Harness:
             return f"nobody can ask the model {trained.model_id!r} of backend {trained.backend!r}"
         if self.experiment.evaluation.backend == "lm-eval":
             return f"only Inspect can ask the service's model {trained.inspect!r}. Set evaluation.backend: inspect"
+        if trained.key_env is not None and not os.environ.get(trained.key_env, "").strip():
+            return f"the service's model {trained.inspect!r} needs a key, and the environment variable {trained.key_env} is not set"
         return None
 
     def ask(self, trained: TrainedModel) -> "Asked":
@@ -185,26 +220,25 @@ class _InInspect:
         from steered_lm.inspect_plugin.evaluation import judged_items, open_model
 
         trained, experiment = self._trained, self._harness.experiment
-        model: Any
-        if trained.pretrained is not None:
-            if self._model is None:
-                given = {"peft": trained.peft, "device": self._harness.device}
-                made = open_model(f"steered-hf/{trained.pretrained}", {name: value for name, value in given.items() if value is not None})
-                self._model = self._opened.enter_context(made)
-            model, options = self._model, {}
-        else:
-            model = str(trained.inspect)
-            # OpenAI's older interface knows stop strings, and every compatible server has it
-            options = {"responses_api": False} if model.startswith("openai/") else {}
+        if trained.pretrained is not None and self._model is None:
+            given = {"peft": trained.peft, "device": self._harness.device}
+            made = open_model(f"steered-hf/{trained.pretrained}", {name: value for name, value in given.items() if value is not None})
+            self._model = self._opened.enter_context(made)
         return judged_items(
-            model,
+            self._model or self._service(open_model),
             self._harness.runs[task.name],
             experiment.evaluation.judge_options,
-            model_args=options,
             log_dir=work / "logs",
             limit=experiment.evaluation.limit,
             seed=experiment.training.seed,
         )
+
+    def _service(self, open_model: Callable[..., Any]) -> Any:
+        """Return a client of the service, a new one for each task: it lives in its evaluation's event loop."""
+        trained, name = self._trained, str(self._trained.inspect)
+        # OpenAI's older interface knows stop strings, and every compatible server has it
+        options = {"responses_api": False} if name.startswith("openai/") else {}
+        return open_model(name, options, base_url=trained.base_url, key_env=trained.key_env)
 
     def close(self) -> None:
         self._opened.close()

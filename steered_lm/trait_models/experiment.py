@@ -8,6 +8,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from steered_lm.config import Config, read_structured
 from steered_lm.errors import UserError
+from steered_lm.judges import PANEL_SUFFIXES
 from steered_lm.steering.spec import SteeringSpec
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -199,15 +200,24 @@ class Experiment(Config):
             for key, value in (("folder", options.folder), ("cache_dir", options.cache_dir))
         }
         places["mixture"] = None if options.mixture is None else _rooted(options.mixture, folder)
-        steering = self.training.steering
+        steering, evaluation = self.training.steering, self.evaluation
         changed: dict[str, Any] = {"dataset_options": options.model_copy(update=places)}
+        if (base := folder / Path(self.training.base_model).expanduser()).is_dir():  # else it is a model's name
+            changed["base_model"] = str(base)
+        measured: dict[str, Any] = {"tasks": tuple(_rooted(task, folder) for task in evaluation.tasks)}
+        if evaluation.judge is not None and evaluation.judge.endswith(PANEL_SUFFIXES):
+            measured["judge"] = _rooted(evaluation.judge, folder)
+        if isinstance(place := evaluation.metadata.get("folder"), str):
+            measured["metadata"] = {**evaluation.metadata, "folder": str(folder / Path(place).expanduser())}
         if steering is not None:
             changed["steering"] = steering.model_copy(update={"spec": folder / steering.spec.expanduser()})
         models = tuple(model.model_copy(update={"dataset": _rooted(model.dataset, folder)}) for model in self.models)
-        return self.model_copy(update={"models": models, "training": self.training.model_copy(update=changed)})
+        return self.model_copy(
+            update={"models": models, "training": self.training.model_copy(update=changed), "evaluation": evaluation.model_copy(update=measured)}
+        )
 
 
-def _rooted(dataset: str, folder: Path) -> str:
-    """Return a data set's path taken from ``folder``; a name as it is."""
-    path = Path(dataset).expanduser()
-    return str(folder / path) if path.suffix or len(path.parts) > 1 else dataset
+def _rooted(name: str, folder: Path) -> str:
+    """Return a path taken from ``folder``; a name as it is."""
+    path = Path(name).expanduser()
+    return str(folder / path) if path.suffix or len(path.parts) > 1 else name

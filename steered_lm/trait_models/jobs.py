@@ -2,13 +2,16 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from steered_lm.errors import UserError
+from steered_lm.extract.contrast import available_traits
+from steered_lm.judges.traits import trait_names
 from steered_lm.trait_models.backend import Backend, JobState, Status, TrainedModel, TrainRequest, UnreachableError
 from steered_lm.trait_models.data import TrainingSet, training_set
-from steered_lm.trait_models.evaluation import detection_tasks
+from steered_lm.trait_models.evaluation import DetectionTask, check_judge, detection_tasks
 from steered_lm.trait_models.experiment import Experiment, ExperimentError, TraitModel
 from steered_lm.trait_models.registry import make_backend
 from steered_lm.trait_models.store import Step, Store
@@ -19,6 +22,7 @@ Made = TypeVar("Made")
 
 Group = Literal["running", "succeeded", "failed", "not submitted"]
 GROUPS: tuple[Group, ...] = ("running", "succeeded", "failed", "not submitted")
+_NEARLY = 0.85  # from where on a trait's name is taken for a slip
 _HERE = "./"  # begins a path within a step's folder, so that the whole cache can be moved
 
 
@@ -102,7 +106,10 @@ class Jobs:
         Raises:
             ExperimentError: naming every model that cannot be trained.
         """
-        detection_tasks(self.experiment.evaluation)
+        tasks = detection_tasks(self.experiment.evaluation)
+        check_judge(self.experiment.evaluation, tasks)
+        _check_traits(self.experiment, tasks)
+        self.store.check()
 
         def checked(planned: PlannedModel) -> None:
             if planned.step.record() is None:
@@ -183,6 +190,18 @@ class Jobs:
             return True
 
 
+def _check_traits(experiment: Experiment, tasks: Sequence[DetectionTask]) -> None:
+    """Refuse a trait that is nearly one that is known; what data show may have any other name."""
+    known = {*(task.name for task in tasks), *trait_names(), *available_traits()}
+    for model in experiment.models:
+        close = [] if model.trait in known else get_close_matches(model.trait, sorted(known), n=1, cutoff=_NEARLY)
+        if close:
+            raise ExperimentError(
+                f"model {model.name!r}: trait={model.trait!r} is not known. Did you mean {close[0]!r}? A trait of your own that evaluation.tasks "
+                "does not measure may have any name that is less like it."
+            )
+
+
 def _of_job(model: TraitModel, job: JobState) -> ModelState:
     if job.status == "succeeded" and job.model is None:
         return ModelState(model, "failed", error="the backend says that the job succeeded, and names no model.")
@@ -218,6 +237,8 @@ def _for_each(named: Sequence[tuple[str, Item]], make: Callable[[Item], Made]) -
     if not problems:
         return made
     if len({str(problem) for _, problem in problems}) == 1:
+        if 1 < len(named) == len(problems):
+            raise ExperimentError(f"every model: {problems[0][1]}") from problems[0][1]
         raise ExperimentError(f"models {', '.join(name for name, _ in problems)}: {problems[0][1]}") from problems[0][1]
     told = "\n".join(f"- {name}: {problem}" for name, problem in problems)
     raise ExperimentError(f"{len(problems)} of {len(named)} models cannot be used; nothing was submitted:\n{told}") from problems[0][1]

@@ -144,7 +144,7 @@ class OpenAIBackend:
         if status == "succeeded" and not found.fine_tuned_model:
             return JobState(status="failed", error=f"job {job} succeeded, but the service names no model: ask its support", detail=detail)
         if status == "succeeded":
-            return JobState(status=status, model=_model(found, detail), progress=1.0, detail=detail)
+            return JobState(status=status, model=_model(found, detail, self._options), progress=1.0, detail=detail)
         if status in FINISHED:
             reason = (found.error.message if found.error else None) or detail
             return JobState(status=status, error=f"job {job} {status}: {reason}", detail=detail)
@@ -239,11 +239,12 @@ def _named(client: Client, name: str) -> Job | None:
     return next((job for job in map(job_of, answers) if (job.metadata or {}).get(_NAME) == name), None)
 
 
-def _model(job: Job, last: str) -> TrainedModel:
+def _model(job: Job, last: str, options: OpenAIOptions) -> TrainedModel:
     name = str(job.fine_tuned_model)
     seconds = None if job.finished_at is None or job.created_at is None else job.finished_at - job.created_at
     facts = {"job": job.id, "trained_tokens": job.trained_tokens, "seconds": seconds, "seed": job.seed, "hyperparameters": job.used, "last": last}
-    return TrainedModel(backend=OpenAIBackend.name, model_id=name, inspect=f"openai/{name}", digest=content_hash(name), facts=facts)
+    place = {"base_url": options.base_url, "key_env": options.key_env}
+    return TrainedModel(backend=OpenAIBackend.name, model_id=name, inspect=f"openai/{name}", **place, digest=content_hash(name), facts=facts)
 
 
 def _read(file: Path) -> _Record | None:

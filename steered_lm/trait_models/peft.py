@@ -18,7 +18,8 @@ from steered_lm.config import Config
 from steered_lm.errors import require
 from steered_lm.trait_models.backend import JobState, TrainRequest
 from steered_lm.trait_models.experiment import ExperimentError
-from steered_lm.trait_models.peft_job import JobFile, JobLock, job_id, prepare, train, trained_model
+from steered_lm.trait_models.job_lock import JobLock
+from steered_lm.trait_models.peft_job import JobFile, job_id, prepare, train, trained_model
 
 __all__ = ["PeftBackend", "PeftOptions", "train"]
 logger = logging.getLogger(__name__)

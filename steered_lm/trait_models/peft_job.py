@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import psutil
@@ -23,6 +22,7 @@ from steered_lm.config import Config, content_hash, file_hash, write_atomic
 from steered_lm.errors import UserError
 from steered_lm.trait_models.backend import FINISHED, Status, TrainedModel, TrainRequest
 from steered_lm.trait_models.experiment import ExperimentError
+from steered_lm.trait_models.job_lock import JobLock
 
 if TYPE_CHECKING:
     from steered_lm.trait_models.trainer import Fitted, Progress
@@ -83,53 +83,6 @@ class JobFile(Config):
         except psutil.NoSuchProcess:
             return None
         return found if same else None
-
-
-class JobLock:
-    """The lock on a job's folder. A process that is started with its descriptor holds it, too, and alone once the starter lets go."""
-
-    def __init__(self, descriptor: int) -> None:
-        """Take over an open descriptor that holds the lock."""
-        self.descriptor = descriptor
-
-    @classmethod
-    def take(cls, folder: Path) -> Self | None:
-        """Lock a folder, or return None while somebody else holds it."""
-        import fcntl
-
-        descriptor = os.open(folder / "job.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return cls(descriptor)
-
-    @staticmethod
-    def held(folder: Path) -> bool:
-        """Return whether somebody holds a folder's lock."""
-        import fcntl
-
-        try:
-            descriptor = os.open(folder / "job.lock", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            # shared, so that those who only look do not see each other
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
-
-    def __enter__(self) -> Self:
-        """Return the lock."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Let go of it in this process."""
-        os.close(self.descriptor)
 
 
 def job_id(request: TrainRequest) -> str:

@@ -170,6 +170,20 @@ class Store:
         key = content_hash(whole)[:32]
         return Step(self.root / name / key, self.root / "locks" / f"{name}-{key}", whole, label)
 
+    def check(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ExperimentError: when nothing can be written there.
+        """
+        try:
+            with self.locked(SUBMIT):
+                pass
+        except OSError as problem:
+            raise ExperimentError(
+                f"training.dataset_options.cache_dir={str(self.root)!r} cannot be written: {problem}. Name a folder that can."
+            ) from problem
+
     def data_file(self, digest: str) -> Path:
         """Return where training data with this digest lie, whichever steps use them."""
         return self.root / "data" / f"{digest[:32]}.jsonl"
@@ -269,7 +283,7 @@ def _info(folder: Path) -> StepInfo:
 def _read(file: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as problem:
         raise ExperimentError(f"{str(file)!r} is damaged: {problem}. Remove the folder it lies in, and the step is done again.") from problem

@@ -9,9 +9,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -19,12 +18,13 @@ from steered_lm.config import Config, content_hash, file_hash, read_structured, 
 from steered_lm.errors import require
 from steered_lm.trait_models.backend import JobState, Status, TrainedModel, TrainRequest
 from steered_lm.trait_models.experiment import ExperimentError
+from steered_lm.trait_models.job_lock import JobLock
 from steered_lm.trait_models.service import ServiceOptions, refuse_untaken
 
 LEARNING_RATE = 1e-4
 """What is taken where an experiment names no rate: the SDK's own default."""
 JOB, PROGRESS, LOG = "tinker.json", "tinker-progress.json", "tinker.log"
-_LOCK, _PID, _CANCELLED = "tinker.lock", "tinker.pid", "tinker-cancelled"
+_PID, _CANCELLED = "tinker.pid", "tinker-cancelled"
 _TAKEN = ("epochs", "learning_rate", "batch_size", "gradient_accumulation", "max_length", "warmup_ratio", "weight_decay", "lora_rank", "save_steps")
 _LOOK = 0.5  # seconds that others, who only look whether a process lives, may hold the lock at most
 _PATIENCE = 10.0  # seconds that a cancelled process has to say goodbye to the service
@@ -141,22 +141,23 @@ class TinkerBackend:
         self._options.key(self.name)
         if file_hash(request.data) != request.data_hash:
             raise ExperimentError(f"model {request.name!r}: {str(request.data)!r} has changed since it was prepared. Run the command again.")
-        with _lock(folder, _LOOK) as lock:
-            if lock is None:
-                if earlier is None or earlier.asked != asked:
-                    raise ExperimentError(f"model {request.name!r}: the process in {str(folder)!r} trains something else. Cancel it first.")
-                return job
+        lock = JobLock.take(folder, _LOOK)
+        if lock is None:
+            if earlier is None or earlier.asked != asked:
+                raise ExperimentError(f"model {request.name!r}: the process in {str(folder)!r} trains something else. Cancel it first.")
+            return job
+        with lock:
             (folder / _CANCELLED).unlink(missing_ok=True)
             write_atomic(folder / JOB, Job(asked=asked, request=request, options=self._options).model_dump_json())
             checkpoint = {"state": progress.state, "saved": progress.saved, "status": "queued", "steps": None}
             write_progress(folder, (progress.saved or Progress()).model_copy(update=checkpoint))
-            _start(folder, lock)
+            _start(folder, lock.descriptor)
         return job
 
     def poll(self, job: str, folder: Path) -> JobState:
         """Say how the job stands, from what its process has written; no network."""
         known = _known(job, folder)
-        lives = _lives(folder)
+        lives = JobLock.held(folder)
         progress = read_progress(folder)  # read after the look at the lock: what a process has said last is there before it lets go
         so_far = f"step {progress.step}/{progress.steps}" + ("" if progress.loss is None else f", loss {progress.loss:.3f}")
         if progress.status == "succeeded":
@@ -176,14 +177,14 @@ class TinkerBackend:
     def cancel(self, job: str, folder: Path) -> None:
         """Stop the process; one that has ended stays as it is."""
         _known(job, folder)
-        if not _lives(folder):
+        if not JobLock.held(folder):
             return
         (folder / _CANCELLED).touch()
         number = int((folder / _PID).read_text(encoding="utf-8"))  # it holds the lock, so the number is still its own
         for request, patience in ((signal.SIGTERM, _PATIENCE), (signal.SIGKILL, _PATIENCE)):
             with suppress(ProcessLookupError):
                 os.kill(number, request)
-            if not _lives(folder, patience):
+            if not JobLock.held(folder, patience):
                 return
         raise ExperimentError(f"job {job}: process {number} does not stop. Stop it by hand.")
 
@@ -199,11 +200,11 @@ def write_progress(folder: Path, progress: Progress) -> None:
 
 
 def _model(job: Job, progress: Progress) -> TrainedModel:
-    """Return the finished model; Inspect reaches it by the service's OpenAI-compatible endpoint, whose address is among the facts."""
+    """Return the finished model; Inspect reaches it by the service's OpenAI-compatible endpoint."""
     path = str(progress.model)
-    endpoint = f"{job.options.base_url}/oai/api/v1"
-    facts = progress.model_dump(include={"steps", "loss", "tokens", "seconds"}) | {"inspect_base_url": endpoint, "checkpoint": progress.state}
-    return TrainedModel(backend=TinkerBackend.name, model_id=path, inspect=f"openai-api/tinker/{path}", digest=content_hash(path), facts=facts)
+    place = {"inspect": f"openai-api/tinker/{path}", "base_url": f"{job.options.base_url}/oai/api/v1", "key_env": job.options.key_env}
+    facts = progress.model_dump(include={"steps", "loss", "tokens", "seconds"}) | {"checkpoint": progress.state}
+    return TrainedModel(backend=TinkerBackend.name, model_id=path, **place, digest=content_hash(path), facts=facts)
 
 
 def _start(folder: Path, lock: int) -> None:
@@ -214,40 +215,6 @@ def _start(folder: Path, lock: int) -> None:
         driver = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock], start_new_session=True)
     _drivers.append(driver)
     write_atomic(folder / _PID, str(driver.pid))
-
-
-@contextmanager
-def _lock(folder: Path, patience: float) -> Iterator[int | None]:
-    """Yield the descriptor of the folder's lock while it is ours, or None when somebody holds it for longer than ``patience``, in seconds."""
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        yield descriptor if _taken(descriptor, shared=False, patience=patience) else None
-    finally:
-        os.close(descriptor)  # a process that it was handed to still holds it
-
-
-def _lives(folder: Path, patience: float = 0.0) -> bool:
-    """Return whether the folder's process is there, still after ``patience`` seconds; those who only look do not get in each other's way."""
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        return not _taken(descriptor, shared=True, patience=patience)
-    finally:
-        os.close(descriptor)
-
-
-def _taken(descriptor: int, *, shared: bool, patience: float) -> bool:
-    import fcntl
-
-    end = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                return False
-            time.sleep(0.05)
-        else:
-            return True
 
 
 def _known(job: str, folder: Path) -> Job:

@@ -142,6 +142,7 @@ def evaluate(
     """
     jobs = Jobs(experiment, backend)
     tasks = detection_tasks(experiment.evaluation)
+    jobs.store.check()
     harness = Harness(experiment, tasks, jobs.store)
     found: dict[tuple[str, str], EvaluationState] = {}
 
