@@ -208,7 +208,9 @@ def run_seed(bench: Bench, part: Part, seed: int) -> dict[str, dict[str, Any]]:
         spec = None if arm.steering is None else arm.steering.load()
         measured[arm.name] |= {"last": last, **losses(lm, data, spec, others)}
         for name, against in part.against.items() if plain else ():
-            measured[name] |= {"last": last, **losses(lm, data, against, others, everywhere=True)}
+            # it is the same training: only what is in use differs
+            same = {"last": last, "as trained": measured[arm.name]["as trained"]}
+            measured[name] |= losses(lm, data, against, others, everywhere=True) | same
         found |= measured
     return found
 
@@ -269,6 +271,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], trait: str, spread: float) -> dic
         loss: Estimate = row["as trained"]["minus plain"]
         score: PairedDifference = row["axes"][trait]["minus plain"]
         facts = {"arm": row["arm"], "loss": loss, "score": score, "loss in use": row["in use"]["minus plain"]}
+        facts |= {"score, over seeds": row["axes"][trait]["minus plain, over seeds"]}
         if loss.value is None or loss.low is None or loss.high is None:
             continue
         if loss.low <= 0.0 <= loss.high:
@@ -389,9 +392,8 @@ def show_verdict(found: Mapping[str, Any]) -> None:
             continue
         shapes.CONSOLE.print(f"training loss equal to the plain one's ({reading}): {'none' if not arms else ''}")
         for one in arms:
-            shapes.CONSOLE.print(
-                f"  {one['arm']}: loss {interval(one['loss'], 4)}, score {interval(one['score'])}, loss in use {interval(one['loss in use'], 3)}"
-            )
+            scores = f"score {interval(one['score'])} over questions, {interval(one['score, over seeds'])} over seeds"
+            shapes.CONSOLE.print(f"  {one['arm']}: loss {interval(one['loss'], 4)}; {scores}; loss in use {interval(one['loss in use'], 3)}")
 
 
 def plain_data(value: Any) -> Any:
