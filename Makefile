@@ -44,6 +44,7 @@ bench: $(STAMP) ## benchmarks in a reduced form (some minutes): ratios, both sid
 	$(BIN)/python tests/bench/overhead.py
 	$(BIN)/python tests/bench/startup.py 100
 	$(BIN)/python tests/bench/personas.py --budget 16
+	$(BIN)/python tests/bench/preventative.py
 	$(BIN)/python tests/bench/judge_cache.py
 	$(BIN)/python tests/bench/judging.py
 

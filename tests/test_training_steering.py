@@ -17,7 +17,7 @@ from steered_lm.trait_models.checkpoint import trainable
 from steered_lm.trait_models.experiment import Hyperparameters, TrainingSteering
 from steered_lm.trait_models.loss_mask import ConversationEncoder
 from steered_lm.trait_models.peft import train
-from steered_lm.trait_models.trainer import Batch, padded, summed_loss
+from steered_lm.trait_models.trainer import Batch, padded, response_loss, summed_loss, token_count
 from steered_lm.trait_models.training_steering import TrainingSteerer, positions
 
 LAYER = 3
@@ -114,6 +114,22 @@ def test_ablation_takes_the_span_out_and_gradients_do_not_run_along_it(spec_file
         found = gradients(model, steered)
     torch.testing.assert_close(steered.detach(), loss, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_files_loss_is_that_of_its_examples_under_the_spec_and_nothing_stays_attached(spec_file, model, tmp_path):
+    spec, tokenizer, rows = SteeringSpec.load(spec_file(positions="response", unit="raw", alpha=200.0)), load_tokenizer(TINY_CHAT), conversations(5)
+    data = write(tmp_path, rows)
+    direction = 200.0 * vectors_for(model.base_model.model, layers=(2, LAYER)).vector("formality", LAYER)
+    examples = [ConversationEncoder(tokenizer).encode(messages) for messages in rows]
+    whole = padded(examples, torch.device("cpu"))
+    mask = positions("response", whole.attention, whole.labels)
+    model.eval()
+    wanted = by_hand(model, whole, lambda hidden: hidden + mask[..., None] * direction)[0].item() / token_count(examples)
+    model.train()
+    plain = response_loss(model, tokenizer, data)
+    assert response_loss(model, tokenizer, data, spec=spec, batch_size=2) == pytest.approx(wanted, abs=1e-4)
+    assert response_loss(model, tokenizer, data) == plain and abs(plain - wanted) > 1e-3
+    assert model.training
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steered_lm.config import canonical_json, file_hash, write_atomic
+from steered_lm.steering.spec import SteeringSpec
 from steered_lm.trait_models import checkpoint
 from steered_lm.trait_models.backend import TrainRequest
 from steered_lm.trait_models.base_model import load_adapted, load_tokenizer, save_adapter, settle_device, settle_dtype
@@ -245,17 +246,30 @@ def fit(request: TrainRequest, folder: Path, job: str, callback: Callable[[Progr
 
 
 @torch.inference_mode()
-def response_loss(model: Any, tokenizer: Any, path: Path, *, max_length: int = 2048, batch_size: int = 8) -> float:
-    """Return a model's mean loss over the assistant's tokens of a training file, as it stands: unsteered, without dropout.
+def response_loss(model: Any, tokenizer: Any, path: Path, *, spec: SteeringSpec | None = None, max_length: int = 2048, batch_size: int = 8) -> float:
+    """Return a model's mean loss over the assistant's tokens of a training file, without dropout.
+
+    Args:
+        model: the model, trained or not.
+        tokenizer: its tokenizer.
+        path: JSONL of conversations.
+        spec: steers meanwhile, at the positions where it steers in training; None is the model as it stands.
+        max_length: most tokens of an example.
+        batch_size: examples in one pass.
 
     Raises:
         ExperimentError: when a line is no conversation, cannot be masked, or is too long.
+        VectorsError, SpecError: when the spec does not fit its vectors or the model.
     """
     examples = sorted(encode_file(ConversationEncoder(tokenizer), path, max_length=max_length), key=lambda example: len(example.ids))
-    training = model.training
+    training, steering, total = model.training, TrainingSteerer(model, spec), 0.0
     model.eval()
     try:
-        parts = [summed_loss(model, padded(examples[i : i + batch_size], model.device)).item() for i in range(0, len(examples), batch_size)]
+        for start in range(0, len(examples), batch_size):
+            batch = padded(examples[start : start + batch_size], model.device)
+            with steering.batch(batch.attention, batch.labels):
+                total += summed_loss(model, batch).item()
     finally:
+        steering.close()
         model.train(training)
-    return sum(parts) / token_count(examples)
+    return total / token_count(examples)
