@@ -22,6 +22,7 @@ from environments import REPOSITORY, install_into, make_environment, run
 INSTALLED = {"test_autoload", "test_packaging", "test_stock_commands"}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep each file's tests on one worker (``--dist loadgroup``): its fixtures are then made once. GPU tests need a GPU."""
     if accelerated := [item for item in items if item.get_closest_marker("gpu")]:

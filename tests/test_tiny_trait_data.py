@@ -136,7 +136,7 @@ def test_a_ready_experiment_trains_each_of_three_traits_at_three_strengths(name)
     assert [(model.trait, model.strength) for model in found.models] == [(trait, strength) for trait in traits for strength in STRENGTHS]
     assert len(traits) == 3
     assert all(model.dataset == f"{model.strength}_{model.trait}" for model in found.models)
-    assert [task.removeprefix("pv_") for task in found.evaluation.tasks] == traits
+    assert [task.removeprefix("pv_") for task in found.evaluation.tasks][:3] == traits, "the other axes may follow"
 
 
 def test_the_ready_experiments_name_known_traits_and_the_published_hyperparameters(tmp_path):
