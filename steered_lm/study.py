@@ -197,14 +197,14 @@ class Study:
         from steered_lm.search.driver import optimize
         from steered_lm.search.protocol import SearchSpace
         from steered_lm.search.runlog import RunSettings, installed_versions
-        from steered_lm.steering.vectors import model_fingerprint
+        from steered_lm.steering.vectors import weights_fingerprint
 
         persona, config = self.persona, self.config
         settings = RunSettings(
             persona=persona.name,
             persona_digest=persona.digest,
             model=config.model.model,
-            model_fingerprint=model_fingerprint(self.lm.model),
+            model_fingerprint=weights_fingerprint(self.lm.model),
             judge=self.judge.name,
             judge_identity=self.judge.identity,
             space=SearchSpace(names=self.traits),

@@ -193,6 +193,18 @@ def test_an_interrupted_sweep_goes_on_where_it_was(spec, tmp_path, monkeypatch):
     assert [m.values for m in data.measures] == [m.values for m in unbroken.measures]
 
 
+def test_another_checkpoint_with_the_same_embeddings_is_measured_anew(spec, tmp_path, monkeypatch):
+    run_cost(settings(spec, tmp_path))
+    model, tokenizer = load()
+    with torch.no_grad():
+        model.model.layers[4].mlp.down_proj.weight.mul_(0.5)
+    model.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    calls = counted(monkeypatch)
+    run_cost(settings(spec, tmp_path, model=ModelConfig(model=str(tmp_path / "tuned"))))
+    assert calls == [("tiny_knowledge", [UNSTEERED, "formal"])]
+
+
 def test_a_damaged_file_is_measured_again_and_said(spec, tmp_path, monkeypatch, caplog):
     run_cost(settings(spec, tmp_path))
     cell = next((tmp_path / "out" / "cells").glob("*/*.json"))

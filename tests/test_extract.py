@@ -222,6 +222,11 @@ def test_a_direction_at_chance_is_refused_and_the_cache_keeps_what_was_computed(
     )
     assert calls == []
     assert kept.meta.stats["noise"][1].at_chance
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(2.0)
+    options = ExtractConfig(method="pca", allow_chance=True)
+    build_vectors(model, CharTokenizer(), [noise], [1], options, cache=tmp_path, progress=lambda *a: calls.append(a))
+    assert calls, "another checkpoint with the same embeddings has activations of its own"
 
 
 def test_layers_out_of_range_and_models_without_chat_template_are_refused():

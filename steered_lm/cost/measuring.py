@@ -23,7 +23,7 @@ from steered_lm.measure.perplexity import perplexities
 from steered_lm.measure.texts import ENGLISH, text_file
 from steered_lm.search.runlog import installed_versions
 from steered_lm.steering.spec import SteeringSpec
-from steered_lm.steering.vectors import model_fingerprint
+from steered_lm.steering.vectors import weights_fingerprint
 from steered_lm.study import numerics
 
 # what a response is, and no failure of who judges it
@@ -68,15 +68,14 @@ class Measuring:
     Attributes:
         lm: the model.
         text: whose perplexity is measured, if any.
-        fingerprint: the model's.
     """
 
     def __init__(self, config: CostConfig, lm: SteeredHFLM, cells: Cells, text: Text | None, *, adapter: str | None = None) -> None:
         """Take what measurements of this model have in common; ``adapter`` is the digest of one that the model was loaded with."""
-        self.lm, self.text, self.fingerprint = lm, text, model_fingerprint(lm.model)
+        self.lm, self.text = lm, text
         self._config, self._cells = config, cells
         self._facts: dict[str, Any] = {
-            "model": self.fingerprint,
+            "model": weights_fingerprint(lm.model),
             "dtype": str(lm.model.dtype),
             "prompt_format": config.model.prompt_format,
             "numerics": numerics(config.model),

@@ -21,6 +21,7 @@ from steered_lm.report.assemble import provenance
 from steered_lm.report.cost_data import UNSTEERED, CostData, Measure
 from steered_lm.report.data import ModelInfo, Sample, Scalar
 from steered_lm.steering.spec import SteeringSpec
+from steered_lm.steering.vectors import model_fingerprint
 from steered_lm.study import load_lm
 
 logger = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ def _model_info(config: CostConfig, measured: Measuring) -> ModelInfo:
     model = measured.lm.model
     count = sum(p.numel() for p in model.parameters())
     dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
-    return ModelInfo(name=config.model.model, fingerprint=measured.fingerprint, parameters=count, dtype=dtype, device=device)
+    return ModelInfo(name=config.model.model, fingerprint=model_fingerprint(model), parameters=count, dtype=dtype, device=device)
 
 
 def _settings(config: CostConfig) -> dict[str, Scalar]:

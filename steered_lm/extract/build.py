@@ -30,6 +30,7 @@ from steered_lm.steering.vectors import (
     TraitVectors,
     VectorsMeta,
     model_fingerprint,
+    weights_fingerprint,
 )
 
 logger = logging.getLogger(__name__)
@@ -212,7 +213,7 @@ class _Runner:
         """Return pooled activations ``[pairs, d_model]`` as ``<split>/<side>/<layer>`` and token norms as ``norms/<part>/<layer>``."""
         settings = self.config.model_dump(exclude={"method", "allow_chance", "batch_size", "missing_limit"})
         judges = [judge.identity for judge in self.judges[contrast.trait].both()] if contrast.trait in self.judges else []
-        key = content_hash([model_fingerprint(self.model), contrast.digest, list(self.layers), settings, *judges])[:24]
+        key = content_hash([weights_fingerprint(self.model), contrast.digest, list(self.layers), settings, *judges])[:24]
         file = self.cache / f"{contrast.trait}-{key}.safetensors" if self.cache else None
         if file is not None and file.is_file():
             return load_file(file)

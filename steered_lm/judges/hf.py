@@ -1,6 +1,5 @@
 """A local causal model as judge: the probabilities of the score tokens, read off the model itself without writing a word."""
 
-import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from steered_lm.steering.hooks import Steerer
 
 _SHOWN = 3  # likeliest options in an explanation
-_SAMPLED = 64  # values of each weight that go into the identity
 _REPLY = "qzreplyqz"
 _ANY = "7"  # any reply, to see what follows one
 
@@ -282,18 +280,10 @@ class _Local:
         return end_ids(self.model.generation_config, self.tokenizer.eos_token_id)
 
     def fingerprint(self) -> str:
-        """Return a hash of the model's shape, of its embeddings and of a sample of each weight, so that another checkpoint in its place is seen."""
-        import torch
+        """Return a hash of the model's weights, so that another checkpoint in its place is seen."""
+        from steered_lm.steering.vectors import weights_fingerprint
 
-        from steered_lm.steering.vectors import model_fingerprint
-
-        digest = hashlib.sha256(model_fingerprint(self.model).encode())
-        for name, weight in self.model.named_parameters():
-            flat = weight.detach().reshape(-1)
-            digest.update(f"{name}/{tuple(weight.shape)}".encode())
-            if not flat.is_meta:
-                digest.update(flat[:: max(1, len(flat) // _SAMPLED)].to("cpu", torch.float32).numpy().tobytes())
-        return digest.hexdigest()
+        return weights_fingerprint(self.model)
 
 
 _loaded: "WeakValueDictionary[tuple[str | None, ...], _Local]" = WeakValueDictionary()

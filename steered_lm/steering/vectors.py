@@ -22,6 +22,7 @@ from steered_lm.steering.blocks import hidden_size, layer_count
 
 Method = Literal["svd", "mean_diff", "pca", "random"]
 Pooling = Literal["response_mean", "prompt_mean", "prompt_last"]
+_SAMPLED = 64  # values of each weight that go into its fingerprint
 
 
 class DirectionStats(Config):
@@ -223,6 +224,21 @@ def model_fingerprint(model: nn.Module) -> str:
     for row in _sample_rows(int(weight.shape[0])):
         digest.update(weight[row].detach().to("cpu", torch.float32).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return a hash of the model's shape, of its embeddings and of a sample of each weight, for what is kept of *this* model's results.
+
+    :func:`model_fingerprint` is the same for a model and its fine-tunes whose embeddings were left alone, as vectors fit all of them; what one
+    of them wrote is not what another would have written.
+    """
+    digest = hashlib.sha256(model_fingerprint(model).encode())
+    for name, weight in model.named_parameters():
+        flat = weight.detach().reshape(-1)
+        digest.update(f"{name}/{tuple(weight.shape)}".encode())
+        if not flat.is_meta:
+            digest.update(flat[:: max(1, len(flat) // _SAMPLED)].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _sample_rows(count: int) -> Sequence[int]:
