@@ -19,7 +19,7 @@ os.environ["COLUMNS"] = "200"
 from environments import REPOSITORY, install_into, make_environment, run
 
 # files that share a clean environment, so that one worker builds it once
-INSTALLED = {"test_autoload", "test_packaging", "test_stock_commands"}
+INSTALLED = {"test_autoload", "test_packaging", "test_stock_commands", "test_trait_stock"}
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook

@@ -306,7 +306,7 @@ def test_several_candidates_answer_the_same_items_in_one_evaluation(local, tmp_p
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize(("model", "shots", "limits"), [("stories260K", 0, (60, 10)), ("stories260K", 5, (0, 2)), (TINY_CHAT, 0, (6, 1))])
+@pytest.mark.parametrize(("model", "shots", "limits"), [("stories260K", 0, (30, 5)), ("stories260K", 5, (0, 2)), (TINY_CHAT, 0, (6, 1))])
 def test_zero_weights_equal_stock_hf_on_upstreams_tasks_item_by_item(model, shots, limits, tmp_path, monkeypatch):
     monkeypatch.chdir(save_as_hub(SHARED_DATA, tmp_path / "hub"))
     monkeypatch.setenv(VARIABLE, str(SHARED_DATA))

@@ -1,13 +1,16 @@
-"""The lock of a job's folder: held by the process that trains, for as long as it lives; the kernel lets go of it, however the process ends."""
+"""A job's own process, and the lock of its folder, which it holds for as long as it lives; the kernel lets go of it, however it ends."""
 
 import os
+import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 _FILE = "job.lock"
 _PAUSE = 0.05  # seconds between two attempts
+_children: list[int] = []  # processes that this one started
 
 
 class JobLock:
@@ -65,3 +68,26 @@ def _taken(descriptor: int, how: int, patience: float) -> bool:
             time.sleep(_PAUSE)
         else:
             return True
+
+
+def detach(command: Sequence[str], log: Path, lock: JobLock) -> int:
+    """Start a process that outlives this one and holds the lock from its first moment; its output goes to ``log``. Return its number."""
+    reap()
+    with log.open("ab") as handle:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=handle, stderr=handle, start_new_session=True, pass_fds=(lock.descriptor,), close_fds=True
+        )
+    _children.append(child.pid)
+    child.returncode = 0  # it is meant to outlive this process, and Popen would warn of that
+    return child.pid
+
+
+def reap() -> None:
+    """Wait for processes of ours that have ended, so that they leave no zombies."""
+    for pid in tuple(_children):
+        try:
+            ended = os.waitpid(pid, os.WNOHANG)[0] == pid
+        except ChildProcessError:
+            ended = True
+        if ended and pid in _children:
+            _children.remove(pid)

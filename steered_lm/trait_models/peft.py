@@ -2,7 +2,6 @@
 
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -18,15 +17,13 @@ from steered_lm.config import Config
 from steered_lm.errors import require
 from steered_lm.trait_models.backend import JobState, TrainRequest
 from steered_lm.trait_models.experiment import ExperimentError
-from steered_lm.trait_models.job_lock import JobLock
+from steered_lm.trait_models.job_lock import JobLock, detach, reap
 from steered_lm.trait_models.peft_job import JobFile, job_id, prepare, train, trained_model
 
 __all__ = ["PeftBackend", "PeftOptions", "train"]
 logger = logging.getLogger(__name__)
 
 _GRACE, _PATIENCE = 5.0, 20.0  # seconds until a job that does not end is killed, and until nothing helps
-# Jobs that this process started; they are waited for when they have ended, so that they leave no zombies.
-_children: list[int] = []
 
 
 class PeftOptions(Config):
@@ -102,7 +99,7 @@ class PeftBackend:
         Raises:
             ExperimentError: when the folder holds another request's job.
         """
-        _reap()
+        reap()
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
         request = request.model_copy(update={"data": request.data.resolve()})
@@ -119,14 +116,8 @@ class PeftBackend:
         command = [sys.executable, "-m", "steered_lm.trait_models.peft_job", str(folder), "--lock", str(lock.descriptor)]
         if self.options.threads is not None:
             command += ["--threads", str(self.options.threads)]
-        with (folder / "log.txt").open("ab") as log:
-            # the child holds the lock from its first moment, so there is none in which the job looks as if it had stopped
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=(lock.descriptor,), close_fds=True
-            )
-        _children.append(child.pid)
-        child.returncode = 0  # it is meant to outlive this process, and Popen would warn of that
-        logger.info("started process %d for %s", child.pid, folder)
+        child = detach(command, folder / "log.txt", lock)
+        logger.info("started process %d for %s", child, folder)
 
     def poll(self, job: str, folder: Path) -> JobState:
         """Say how the job stands; one whose process is gone without a word has failed.
@@ -134,7 +125,7 @@ class PeftBackend:
         Raises:
             ExperimentError: when the folder does not hold this job.
         """
-        _reap()
+        reap()
         state = _state(job, folder)
         if not state.finished and not JobLock.held(folder):
             state = _state(job, folder)  # it may have ended since
@@ -163,7 +154,7 @@ class PeftBackend:
             if waited > _PATIENCE:
                 raise ExperimentError(f"job {job} in {str(folder)!r} does not end. Look at its process (pid in state.json) and end it yourself.")
             time.sleep(0.05)
-            _reap()
+            reap()
         with lock:
             state = _state(job, folder)
             if not state.finished:
@@ -224,13 +215,3 @@ def _end(process: psutil.Process, *, hard: bool) -> None:
         process.kill() if hard else process.terminate()
     except psutil.NoSuchProcess:
         logger.debug("the process had ended by itself")
-
-
-def _reap() -> None:
-    for pid in tuple(_children):
-        try:
-            ended = os.waitpid(pid, os.WNOHANG)[0] == pid
-        except ChildProcessError:
-            ended = True
-        if ended and pid in _children:
-            _children.remove(pid)

@@ -7,7 +7,6 @@ outlives the command that started it, holds a lock for as long as it lives, and 
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,7 +17,7 @@ from steered_lm.config import Config, content_hash, file_hash, read_structured, 
 from steered_lm.errors import require
 from steered_lm.trait_models.backend import JobState, Status, TrainedModel, TrainRequest
 from steered_lm.trait_models.experiment import ExperimentError
-from steered_lm.trait_models.job_lock import JobLock
+from steered_lm.trait_models.job_lock import JobLock, detach, reap
 from steered_lm.trait_models.service import ServiceOptions, refuse_untaken
 
 LEARNING_RATE = 1e-4
@@ -29,7 +28,6 @@ _TAKEN = ("epochs", "learning_rate", "batch_size", "gradient_accumulation", "max
 _LOOK = 0.5  # seconds that others, who only look whether a process lives, may hold the lock at most
 _PATIENCE = 10.0  # seconds that a cancelled process has to say goodbye to the service
 _FOUND = TypeVar("_FOUND", bound=Config)
-_drivers: list["subprocess.Popen[bytes]"] = []  # held, so that they are reaped and nobody is warned of those that outlive us
 
 
 class TinkerOptions(ServiceOptions):
@@ -151,11 +149,12 @@ class TinkerBackend:
             write_atomic(folder / JOB, Job(asked=asked, request=request, options=self._options).model_dump_json())
             checkpoint = {"state": progress.state, "saved": progress.saved, "status": "queued", "steps": None}
             write_progress(folder, (progress.saved or Progress()).model_copy(update=checkpoint))
-            _start(folder, lock.descriptor)
+            _start(folder, lock)
         return job
 
     def poll(self, job: str, folder: Path) -> JobState:
         """Say how the job stands, from what its process has written; no network."""
+        reap()
         known = _known(job, folder)
         lives = JobLock.held(folder)
         progress = read_progress(folder)  # read after the look at the lock: what a process has said last is there before it lets go
@@ -207,14 +206,10 @@ def _model(job: Job, progress: Progress) -> TrainedModel:
     return TrainedModel(backend=TinkerBackend.name, model_id=path, **place, digest=content_hash(path), facts=facts)
 
 
-def _start(folder: Path, lock: int) -> None:
+def _start(folder: Path, lock: JobLock) -> None:
     """Start the process and hand it the lock, which is held until it ends, however it ends."""
-    _drivers[:] = [driver for driver in _drivers if driver.poll() is None]
-    command = [sys.executable, "-m", "steered_lm.trait_models.tinker_run", str(folder)]
-    with (folder / LOG).open("ab") as log:
-        driver = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock], start_new_session=True)
-    _drivers.append(driver)
-    write_atomic(folder / _PID, str(driver.pid))
+    pid = detach([sys.executable, "-m", "steered_lm.trait_models.tinker_run", str(folder)], folder / LOG, lock)
+    write_atomic(folder / _PID, str(pid))
 
 
 def _known(job: str, folder: Path) -> Job:
