@@ -32,7 +32,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint ## lint, then the test suite, one process a core
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # Small models and few rounds; each script says with --help what it takes, and --full is the whole table.
 bench: $(STAMP) ## benchmarks in a reduced form (some minutes): ratios, both sides in one run; numbers go to bench/

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,17 +23,30 @@ from environments import REPOSITORY, install_into, make_environment, run
 INSTALLED = {"test_autoload", "test_packaging", "test_stock_commands", "test_trait_stock"}
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep each file's tests on one worker, and those of ``INSTALLED`` on the same one: their fixtures are then made once.
+
+    Group marks would say the same, but xdist 3.8 does not see them under pytest 9.
+    """
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            stem = Path(nodeid.partition("::")[0]).stem
+            return "installed" if stem in INSTALLED else stem
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep each file's tests on one worker (``--dist loadgroup``): its fixtures are then made once. GPU tests need a GPU."""
+    """Deselect GPU tests where there is none."""
     if accelerated := [item for item in items if item.get_closest_marker("gpu")]:
         import torch
 
         if not torch.cuda.is_available():
             config.hook.pytest_deselected(items=accelerated)
             items[:] = [item for item in items if item not in accelerated]
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("installed" if item.path.stem in INSTALLED else item.path.stem))
 
 
 @pytest.fixture(scope="session")
