@@ -25,6 +25,8 @@ def main(vectors: str, out: str) -> None:
         samples = {name: {s["doc_id"]: s["resps"] for s in found["samples"][name]} for name in found["samples"]}
         content = {"results": found["results"], "samples": samples, "rows": lm.engine.report.row_steps, "processes": lm.world_size}
         Path(out).write_text(json.dumps(content, default=str), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # a process group that is still there at exit now and then aborts the process
 
 
 if __name__ == "__main__":
