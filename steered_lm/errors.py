@@ -22,6 +22,10 @@ class ModelError(UserError):
     """A model cannot be used the way it was asked for."""
 
 
+class NaNError(ModelError):
+    """A steered model's scores are NaN: the steering drives its activations out of range."""
+
+
 class PersonaError(UserError):
     """A persona is unknown, empty, or its folder is malformed."""
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import warnings
+import weakref
 
 import peft
 import pytest
@@ -17,6 +18,7 @@ from steered_lm.benchmarks.folder import VARIABLE
 from steered_lm.cli import app
 from steered_lm.content import TINY_CHAT
 from steered_lm.cost import measuring
+from steered_lm.cost import run as cost_run
 from steered_lm.cost.arms import trained_name
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.measures import TRAIT_GROUPS, plan_task
@@ -252,6 +254,35 @@ def test_side_effects_are_each_vector_alone_on_every_trait(spec, tmp_path):
         own = cells[f"{trait} alone", f"trait {trait}"].mean
         assert own > 10
         assert own > cells[f"{other} alone", f"trait {trait}"].mean
+
+
+def test_an_error_other_than_nan_is_not_taken_for_a_broken_arm(spec, tmp_path, monkeypatch):
+    run_cost(settings(spec, tmp_path))
+
+    def refused(*args, **options):
+        raise ModelError("the prompt does not fit")
+
+    monkeypatch.setattr("steered_lm.harness.items.evaluate_candidates", refused)
+    with pytest.raises(ModelError, match="the prompt does not fit"):
+        run_cost(settings(spec, tmp_path, sweep="alpha=1,2"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own use of transformers
+def test_one_model_at_a_time_is_in_memory(spec, tmp_path, monkeypatch):
+    alive = []
+    real = cost_run.load_lm
+
+    def load_one(*args, **options):
+        assert [one for one in alive if one() is not None] == []
+        made = real(*args, **options)
+        alive.append(weakref.ref(made.model))
+        return made
+
+    monkeypatch.setattr(cost_run, "load_lm", load_one)
+    for name in ("a", "b"):
+        save_adapter(tmp_path / name, scale=0.5)
+    run_cost(settings(spec, tmp_path, limit=2, peft={name: tmp_path / name for name in ("a", "b")}))
+    assert len(alive) == 3
 
 
 def test_a_broken_arm_is_missing_and_does_not_take_the_others_with_it(vectors, tmp_path, monkeypatch):

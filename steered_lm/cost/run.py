@@ -1,5 +1,6 @@
 """Measures all arms on the same items, reusing what is finished, and gathers everything for the page."""
 
+import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -71,18 +72,21 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     base.check_text(arms)
     counter = _Counter(progress, (1 + len(adapters)) * (sum(len(one.tasks) for one in loaded) + (base.text is not None)))
     results = _measured(base, loaded, arms, counter)
-    info = _model_info(config, base)
+    info, text = _model_info(config, base), base.text
+    del base, lm  # one model at a time in memory
     trained = [trained_arm(name, folder) for name, folder in config.peft.items()]
     for arm, (name, digest) in zip(trained, adapters.items(), strict=True):
-        model = load_lm(config.model, peft=str(config.peft[name]))
-        more = _measured(Measuring(config, model, cells, base.text, adapter=digest), loaded, [arm], counter)
+        gc.collect()  # hooks and model hold each other
+        model = Measuring(config, load_lm(config.model, peft=str(config.peft[name])), cells, text, adapter=digest)
+        more = _measured(model, loaded, [arm], counter)
+        del model
         for what, found in more.items.items():
             results.items[what].update(found)
         results.perplexity.update(more.perplexity)
     counter.end()
     logger.info("%d measurements made, %d reused from %s", cells.made, cells.reused, cells.folder)
     every = [*arms, *trained]
-    measures, replies = _gathered(loaded, results, base.text.name if base.text else "", [arm.name for arm in every if arm.main])
+    measures, replies = _gathered(loaded, results, text.name if text else "", [arm.name for arm in every if arm.main])
     digests = {f"spec {name}": spec.digest for name, spec in specs.items()} | {f"adapter {name}": digest for name, digest in adapters.items()}
     return CostData(
         title=f"What steering {config.model.model} buys and costs",

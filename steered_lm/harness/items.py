@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 from pydantic import Field
 
 from steered_lm.config import Config, content_hash
-from steered_lm.errors import ModelError
+from steered_lm.errors import NaNError
 from steered_lm.harness.chat_task import ChatTask, load_tasks
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.harness.population import check_lm, evaluate_candidates, seeded
@@ -101,13 +101,13 @@ def evaluate_items(
         seed: of sampled responses.
 
     Raises:
-        ModelError: when ``lm`` is no ``steered-hf`` model.
+        ModelError: when ``lm`` is no ``steered-hf`` model, or gives NaN without steering.
         JudgeError: when too many verdicts are missing.
     """
     check_lm(lm)
     try:
         return _evaluated(lm, task, candidates, limit, seed)
-    except ModelError as problem:
+    except NaNError as problem:
         if len(candidates) == 1 and candidates[0].spec is None:
             raise
         logger.warning("%s: %s", task.task_name, problem)
@@ -115,7 +115,7 @@ def evaluate_items(
     for candidate in candidates:
         try:
             found |= _evaluated(lm, task, [candidate], limit, seed)
-        except ModelError:
+        except NaNError:
             if candidate.spec is None:
                 raise
             found[candidate.name] = [_named(task, doc).model_copy(update={"missing": {EVERY: (BROKEN,)}}) for doc in list(task.eval_docs)[:limit]]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from steered_lm.chat import Message, PromptFormat, render_chat
-from steered_lm.errors import ModelError
+from steered_lm.errors import ModelError, NaNError
 from steered_lm.harness.requests import MODEL, candidate_name, chat_messages, own_spec
 from steered_lm.harness.rows import FiniteScores, Row, ScoredRow, TokenRequest, in_order, mergeable, pad
 from steered_lm.steering.compile import Layout
@@ -213,7 +213,7 @@ def refuse_nan(row: Row, what: str) -> None:
     """Say that a row's steering broke the model.
 
     Raises:
-        ModelError: always.
+        NaNError: always.
     """
     whose = "the steered model" if row.candidate is None else f"candidate {row.candidate!r}"
-    raise ModelError(f"{whose} gave NaN {what}: the steering drives the activations out of range. Use a smaller alpha, or dtype=float32.")
+    raise NaNError(f"{whose} gave NaN {what}: the steering drives the activations out of range. Use a smaller alpha, or dtype=float32.")
