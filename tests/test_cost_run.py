@@ -457,6 +457,36 @@ def test_a_sweep_over_mmlu_and_truthfulqa_equals_single_runs_on_a_real_model(tmp
     assert len(set(mc2.values.values())) == 8, "every alpha answers in its own way"
 
 
+@pytest.mark.shared
+def test_judged_answers_and_paraphrases_are_measures_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def by_rubric(number, body, headers):
+        return guesses({"80" if "0 to 100" in json.dumps(body["messages"]) else "4": -0.01})
+
+    path = spec_of(save_vectors(STORIES, tmp_path / "v.safetensors"), unit="residual", alpha=0.5, layers=(2,)).save(tmp_path / "spec.yaml")
+    model = ModelConfig(model=str(STORIES), prompt_format="plain")
+    server = FaultServer(by_rubric)
+    try:
+        chosen = {"judge": "openai:m", "judge_options": {"base_url": server.url}, "data": str(SHARED_DATA), "max_new_tokens": 8}
+        data = run_cost(settings(path, tmp_path, model=model, tasks=("truthfulqa_gen", "lamp_7"), limit=2, **chosen))
+    finally:
+        server.close()
+    found = {measure.name: measure for measure in data.measures if measure.role != "note"}
+    roles = {name: (measure.role, measure.scale) for name, measure in found.items()}
+    assert roles == {
+        "truthfulqa_gen truthful": ("cost", (0.0, 100.0)),
+        "truthfulqa_gen informative": ("cost", (0.0, 100.0)),
+        "lamp_7 rouge1": ("cost", (0.0, 1.0)),
+        "lamp_7 rougeL": ("cost", (0.0, 1.0)),
+        "lamp_7 fit": ("benefit", (1.0, 5.0)),
+    }
+    assert found["lamp_7 fit"].values["spec"] == (4.0, 4.0)
+    assert set(found["truthfulqa_gen truthful"].values["spec"]) == {80.0}
+    assert "lamp_7 fit" in cost_csv(build_cost(data))
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
