@@ -5,9 +5,11 @@ import email.policy
 import json
 import socket
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
+
+from loopback import Loopback
 
 KEY = "sk-test-0123456789abcdef"
 ENDED = ("succeeded", "failed", "cancelled")
@@ -37,12 +39,10 @@ class _Refused(Exception):
         self.status = status
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-
-class FineTuningServer:
+class FineTuningServer(Loopback):
     """The service. ``faults`` are used up one a request, in order; those with a ``path`` wait for a request whose line contains it."""
+
+    path = "/v1"
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, Any]] = {}
@@ -55,35 +55,7 @@ class FineTuningServer:
         self.filters = True
         self._lock = threading.Lock()
         self._clock = 1_700_000_000
-        self._port = 0
         self.open()
-
-    def open(self) -> None:
-        """Listen, on the same port as before if there was one."""
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                outer._serve(self)
-
-            def do_POST(self) -> None:
-                outer._serve(self)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = _Server(("127.0.0.1", self._port), Handler)
-        self._port = self._server.server_port
-        self.url = f"http://127.0.0.1:{self._port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
     # -- what tests do to jobs ----------------------------------------------------------------------------------------------------------------
 

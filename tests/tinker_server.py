@@ -7,10 +7,11 @@ import json
 import socket
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, NamedTuple
 
 import numpy as np
+from loopback import Loopback
 from tinker.proto import tinker_public_pb2 as wire
 
 KEY = "tml-test-0123456789abcdef"
@@ -42,11 +43,7 @@ class Batch(NamedTuple):
     after: int
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-
-class TinkerServer:
+class TinkerServer(Loopback):
     """The service. ``faults`` are used up by the first request that each fits; ``refuse`` makes requests of that kind fail in their result."""
 
     def __init__(self) -> None:
@@ -64,35 +61,7 @@ class TinkerServer:
         self.wrong: list[str] = []
         self.delay = 0.0
         self._lock = threading.Lock()
-        self._port = 0
         self.open()
-
-    def open(self) -> None:
-        """Listen, on the same port as before if there was one."""
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                outer._serve(self)
-
-            def do_GET(self) -> None:
-                outer._serve(self)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = _Server(("127.0.0.1", self._port), Handler)
-        self._port = self._server.server_port
-        self.url = f"http://127.0.0.1:{self._port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
     @property
     def steps(self) -> int:
