@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from scipy.stats import norm
 
 from steered_lm.report.cost_analysis import CostAnalysis, analyse_cost
-from steered_lm.report.cost_data import UNSTEERED, CostArm, CostData, Measure
+from steered_lm.report.cost_data import ADAPTER, SYSTEM, UNSTEERED, CostArm, CostData, Measure
+from steered_lm.report.cost_headline import cost_headline
 from steered_lm.report.cost_reach import ALL, Reach
 from steered_lm.report.data import ModelInfo
 
@@ -308,7 +309,7 @@ def test_two_arms_of_one_value_and_measures_of_one_name_are_refused() -> None:
 def with_others() -> CostData:
     """Three steered arms with trait scores 20, 50, 80, and two that are not steered with 52 and 99."""
     steered = [CostArm(name=f"a{x}", series="s", x=x, digest="0") for x in (1.0, 2.0, 3.0)]
-    others = [CostArm(name=name, series=name) for name in ("trained", "prompted")]
+    others = [CostArm(name=n, series=n, settings={s: "x"}) for n, s in (("trained", ADAPTER), ("prompted", SYSTEM))]
     means = {UNSTEERED: 10.0, "a1.0": 20.0, "a2.0": 50.0, "a3.0": 80.0, "trained": 52.0, "prompted": 99.0}
     spread = (-1.0, 0.0, 1.0) * 4
     right = {UNSTEERED: 20, "a1.0": 20, "a2.0": 14, "a3.0": 6, "trained": 20, "prompted": 18}
@@ -349,3 +350,14 @@ def test_without_arms_that_are_not_steered_there_is_nothing_to_match():
     data = with_others()
     alone = data.model_copy(update={"arms": data.arms[:4]})
     assert analyse_cost(alone).matches == ()
+
+
+def test_arms_that_are_not_steered_are_not_counted_as_steered_ones():
+    data = with_others()
+    assert [arm.steered for arm in data.arms] == [False, True, True, True, False, False]
+    unswept = data.model_copy(
+        update={"axis": None, "arms": tuple(arm.model_copy(update={"x": None, "series": arm.series and arm.name}) for arm in data.arms)}
+    )
+    said = " ".join([cost_headline(unswept, analyse_cost(unswept)).title, *(s.text for s in cost_headline(unswept, analyse_cost(unswept)).sentences)])
+    assert "of 5 arms" in said
+    assert "steered arms" not in said

@@ -8,7 +8,7 @@ from steered_lm.config import read_structured
 from steered_lm.cost.sweep import Sweep
 from steered_lm.errors import SpecError, UserError
 from steered_lm.measure.divergence import with_alpha
-from steered_lm.report.cost_data import UNSTEERED, CostArm
+from steered_lm.report.cost_data import ADAPTER, SYSTEM, UNSTEERED, CostArm
 from steered_lm.report.data import Scalar
 from steered_lm.search.protocol import Candidate
 from steered_lm.steering.spec import SteeringSpec
@@ -97,12 +97,12 @@ def side_effect_arms(spec: SteeringSpec, kl: float | None, at_kl: AtKl) -> list[
 def prompted_arm(system: str) -> Arm:
     """Return the unsteered model with a system turn."""
     short = system if len(system) <= _SHOWN else f"{system[: _SHOWN - 1]}…"
-    return Arm(CostArm(name=f"prompted: {short}", series=f"prompted: {short}", settings={"system turn": system}), system=system)
+    return Arm(CostArm(name=f"prompted: {short}", series=f"prompted: {short}", settings={SYSTEM: system}), system=system)
 
 
 def trained_arm(name: str, adapter: Path) -> Arm:
     """Return the arm of a model that was trained, without steering, by its adapter's folder."""
-    return Arm(CostArm(name=f"trained: {name}", series=f"trained: {name}", settings={"adapter": str(adapter)}))
+    return Arm(CostArm(name=f"trained: {name}", series=f"trained: {name}", settings={ADAPTER: str(adapter)}))
 
 
 def trained_name(adapter: Path) -> str:

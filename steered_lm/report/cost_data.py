@@ -11,6 +11,8 @@ from steered_lm.errors import RunError
 from steered_lm.report.data import ModelInfo, Provenance, Sample, Scalar, Scores
 
 UNSTEERED = "unsteered"
+ADAPTER, SYSTEM = "adapter", "system turn"
+"""Settings of arms that are not steered: a trained model's adapter, a prompted model's system turn."""
 Role = Literal["benefit", "cost", "note"]
 
 
@@ -32,6 +34,11 @@ class CostArm(Config):
     trait: str | None = None
     digest: str | None = None
     settings: dict[str, Scalar] = Field(default_factory=dict)
+
+    @property
+    def steered(self) -> bool:
+        """Whether it is a spec, and neither the unsteered model nor a trained or prompted one."""
+        return (self.series is not None or self.trait is not None) and not {ADAPTER, SYSTEM} & set(self.settings)
 
 
 class Measure(Config):

@@ -241,7 +241,7 @@ def _stop(data: CostData, analysis: CostAnalysis, reach: Reach, who: str) -> Sen
 
 
 def _plain_title(data: CostData, analysis: CostAnalysis, arms: Sequence[CostArm]) -> tuple[Tone, str]:
-    steered = count(len(arms), "steered arm")
+    steered = _counted(arms)
     lost = _lost(data, analysis)
     if not _roles(data, "cost"):
         return "unclear", "What steering costs was not measured."
@@ -249,6 +249,10 @@ def _plain_title(data: CostData, analysis: CostAnalysis, arms: Sequence[CostArm]
         which = len({change.arm for change in lost})
         return "bad", f"A loss was measured under {which} of {steered}."
     return "unclear", f"No loss is established under {steered}; how large a loss is still possible is in the intervals."
+
+
+def _counted(arms: Sequence[CostArm]) -> str:
+    return count(len(arms), "steered arm" if all(arm.steered for arm in arms) else "arm")
 
 
 def _lost(data: CostData, analysis: CostAnalysis) -> list[Change]:
@@ -279,8 +283,8 @@ def _spread(data: CostData, analysis: CostAnalysis, measure: Measure, series: st
     ways = [_direction_of(change) for change, _ in found]
     up, down = ("rise", "fall") if measure.higher_is_better is None else ("gain", "loss")
     better = -1 if measure.higher_is_better is False else 1
-    told = ((up, better), (down, -better))
-    counted = "; ".join(f"a {word} is established under {ways.count(way)} of {count(len(found), 'steered arm')}" for word, way in told)
+    told, those = ((up, better), (down, -better)), _counted([arm for arm in data.arms if arm.name in {change.arm for change, _ in found}])
+    counted = "; ".join(f"a {word} is established under {ways.count(way)} of {those}" for word, way in told)
     same = f"{change_words(low)} under {low.arm}" + (f", and the same under every other one of {len(found)}" if len(found) > 1 else "")
     span = same if low is high else f"from {change_words(low)} under {low.arm} to {change_words(high)} under {high.arm}"
     tone: Tone = "bad" if measure.higher_is_better is not None and -better in ways else "good" if any(ways) else "unclear"

@@ -36,8 +36,8 @@ def matches(data: CostData) -> list[Match]:
 
     Items are paired as everywhere: both arms answered the same ones.
     """
-    others = [arm for arm in data.arms if arm.series is not None and arm.digest is None]
-    series = {name: arms for name, arms in data.series.items() if all(arm.digest is not None for arm in arms)}
+    others = [arm for arm in data.arms if arm.series is not None and not arm.steered]
+    series = {name: arms for name, arms in data.series.items() if all(arm.steered for arm in arms)}
     costs = [measure for measure in data.measures if measure.role == "cost"]
     found = []
     unsteered = data.arms[0]
