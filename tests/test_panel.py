@@ -195,7 +195,6 @@ import sys, time
 from pathlib import Path
 from steered_lm.judges.base import JudgeRequest, Verdict
 from steered_lm.judges.cache import CachedJudge, JudgeCache
-from steered_lm.judges.cache import CachedJudge, JudgeCache
 from steered_lm.judges.panel import Panel
 
 class Slow:
@@ -206,7 +205,7 @@ class Slow:
         raise NotImplementedError
     def judge_each(self, requests, on_verdict):
         on_verdict(0, Verdict(score=4, judge=self.name))
-        print("one is finished", flush=True)
+        print("one is finished\\n", end="", flush=True)  # one write: print() writes the line's end on its own, and two threads are here
         time.sleep(60)
 
 cache = JudgeCache(Path(sys.argv[1]))
