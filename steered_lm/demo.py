@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class DemoConfig(Config):
-    """What ``steered-lm demo`` runs; ``persona`` None is the first of ours."""
+    """What ``steered-lm demo`` runs; ``persona`` None is the first of ours, ``pairs`` and ``held_out_pairs`` are those of ``ExtractConfig``."""
 
     out: Path
     persona: str | None = None
@@ -35,6 +35,8 @@ class DemoConfig(Config):
     budget: int = 96
     alpha: float = 0.4
     layers: str = "auto"
+    pairs: int = 120
+    held_out_pairs: int = 60
     seed: int = 0
 
 
@@ -88,12 +90,14 @@ def run_demo(config: DemoConfig, console: Console) -> ReportFiles:
 def _vectors(config: DemoConfig, console: Console) -> Path:
     from steered_lm.extract.contrast import available_traits
 
-    path = config.out / f"{config.model.model.replace('/', '_')}-{config.layers}.safetensors"
+    pairs, held_out = config.pairs, config.held_out_pairs
+    path = config.out / f"{config.model.model.replace('/', '_')}-{config.layers}-{pairs}-{held_out}.safetensors"
     if path.is_file():
         console.print(f"reusing {path}")
         return path
     with StepBar(console) as bar:
-        build(config.model, available_traits(), config.layers, path, cache=config.out / "activations", progress=bar)
+        cache = config.out / "activations"
+        build(config.model, available_traits(), config.layers, path, cache=cache, progress=bar, pairs=pairs, held_out_pairs=held_out)
     return path
 
 

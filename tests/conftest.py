@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -70,6 +71,12 @@ def installed_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     python = make_environment(tmp_path_factory.mktemp("installed"))
     install_into(python, wheel)
     return python
+
+
+@pytest.fixture(scope="session")
+def listed_tasks(installed_python: Path, tmp_path_factory: pytest.TempPathFactory) -> "subprocess.CompletedProcess[str]":
+    """What ``lm_eval ls tasks`` prints where the wheel is installed: lm-eval takes a quarter of a minute for it."""
+    return run([installed_python.with_name("lm_eval"), "ls", "tasks"], cwd=tmp_path_factory.mktemp("listed"))
 
 
 @pytest.fixture(scope="session")

@@ -58,10 +58,10 @@ def test_the_real_lm_eval_knows_the_model_type_and_puts_our_tasks_before_the_use
 import lm_eval.tasks, lm_eval.models
 from lm_eval.api.registry import model_registry
 assert model_registry._objs["steered-hf"] == {_autoload.MODEL_TARGET!r}
-ours = lm_eval.tasks.TaskManager()
-theirs = lm_eval.tasks.TaskManager(None, {str(mine)!r})
+both = lm_eval.tasks.TaskManager(None, {str(mine)!r})
 alone = lm_eval.tasks.TaskManager(include_path={str(mine)!r}, include_defaults=False)
-print(*(index["persona_judge"].yaml_path for index in (ours.task_index, theirs.task_index, alone.task_index)), len(alone.all_tasks), sep="\\n")
+found = [both.task_index["tiny_truth"], both.task_index["persona_judge"], alone.task_index["persona_judge"]]
+print(*(task.yaml_path for task in found), len(alone.all_tasks), sep="\\n")
 """
     first, second, third, count = say(installed_python, code, tmp_path).stdout.split()[-4:]
     assert Path(first).is_relative_to(site_packages(installed_python) / "steered_lm" / "_content" / "tasks")

@@ -22,7 +22,7 @@ ARMS = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    config = DemoConfig(out=tmp_path_factory.mktemp("demo"), persona="walt", budget=16)
+    config = DemoConfig(out=tmp_path_factory.mktemp("demo"), persona="walt", budget=16, pairs=32, held_out_pairs=20)
     console = Console(width=160, record=True)
     return config, run_demo(config, console), console.export_text()
 

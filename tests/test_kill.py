@@ -22,22 +22,14 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(vectors: Path, out: Path) -> list[str]:
-    options = [
-        "--persona",
-        "walt",
-        "--vectors",
-        vectors,
-        "--out",
-        out,
-        "--budget",
-        48,
-        "--max-new-tokens",
-        48,
-        "--judge-cache",
-        out.parent / "v.sqlite",
-    ]
-    return [sys.executable, "-m", "steered_lm.cli", "optimize", *map(str, options)]
+def options(vectors: Path, out: Path) -> list[str]:
+    settings = ["--budget", 48, "--max-new-tokens", 24, "--judge-cache", out.parent / "v.sqlite"]
+    return list(map(str, ["optimize", "--persona", "walt", "--vectors", vectors, "--out", out, *settings]))
+
+
+def finish(vectors: Path, out: Path) -> None:
+    done = CliRunner().invoke(cli.app, options(vectors, out))
+    assert done.exit_code == 0, done.output
 
 
 def generations(out: Path) -> int:
@@ -48,14 +40,15 @@ def generations(out: Path) -> int:
 def test_kill_9_in_the_middle_of_a_generation_and_start_again_gives_the_same_final_spec(vectors: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(command(vectors, whole), env=environment, check=True, capture_output=True, timeout=240)
-    running = subprocess.Popen(command(vectors, broken), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    finish(vectors, whole)
+    command = [sys.executable, "-m", "steered_lm.cli", *options(vectors, broken)]
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while generations(broken) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert not (broken / "best_spec.yaml").exists(), "the run ended before it could be killed"
-    subprocess.run(command(vectors, broken), env=environment, check=True, capture_output=True, timeout=240)
+    finish(vectors, broken)
     for name in ("best_spec.yaml", "result.json", "audit.json"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name

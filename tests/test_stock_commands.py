@@ -12,6 +12,7 @@ from lamp_data import write_lamp
 from steered_lm.content import TINY_CHAT, resolve_model
 
 TINY = resolve_model(TINY_CHAT)
+PERSONA_JUDGE = ("--model", "steered-hf", "--model_args", f"pretrained={TINY},steering=spec.yaml", "--tasks", "persona_judge", "--batch_size", "16")
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +42,47 @@ def results(folder):
     return json.loads(file.read_text()), [json.loads(line) for line in samples.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("command", "out"),
-    [
-        (["lm_eval"], "stock"),
-        (["python", "-m", "lm_eval"], "module"),
-        (["accelerate", "launch", "--cpu", "--num_processes", "1", "-m", "lm_eval"], "accelerate"),
-        (["steered-lm", "eval"], "fallback"),
-    ],
-)
-def test_lm_eval_runs_persona_judge_with_a_spec_and_writes_verdicts_into_the_samples(bench, command, out):
+@pytest.fixture(scope="module")
+def by_lm_eval(bench):
+    """Results and samples of ``persona_judge`` by the stock command, for a persona that is not the default."""
     folder, run = bench
-    arguments = ["--model", "steered-hf", "--model_args", f"pretrained={TINY},steering=spec.yaml", "--tasks", "persona_judge", "--batch_size", "16"]
-    run(*command, *arguments, "--output_path", out, "--log_samples")
-    found, samples = results(folder / out)
+    run("lm_eval", *PERSONA_JUDGE, "--metadata", '{"persona": "walt"}', "--output_path", "stock", "--log_samples")
+    return results(folder / "stock")
+
+
+@pytest.fixture(scope="module")
+def by_inspect(bench):
+    """Inspect's log of the same."""
+    folder, run = bench
+    run(
+        "inspect", "eval", "steered_lm/persona_judge", "--model", f"steered-hf/{TINY_CHAT}", "-M", "steering=spec.yaml", "-T", "persona=walt",
+        "--log-dir", "logs", "--log-format", "json", "--display", "plain",
+    )  # fmt: skip
+    (log,) = (folder / "logs").glob("*.json")
+    return json.loads(log.read_text())
+
+
+def check(found, samples):
     scores = found["results"]["persona_judge"]
     assert 1.0 <= scores["persona_fit,none"] <= 5.0
     assert scores["persona_fit_stderr,none"] > 0
     assert scores["missing,none"] == 0
     verdict = json.loads(samples[0]["filtered_resps"][0])
     assert 1.0 <= verdict["score"] <= 5.0
+
+
+def test_lm_eval_runs_persona_judge_with_a_spec_and_writes_verdicts_into_the_samples(by_lm_eval):
+    check(*by_lm_eval)
+
+
+@pytest.mark.parametrize(
+    ("command", "out"),
+    [(["accelerate", "launch", "--cpu", "--num_processes", "1", "-m", "lm_eval"], "accelerate"), (["steered-lm", "eval"], "fallback")],
+)
+def test_other_ways_to_start_lm_eval_do_the_same(bench, command, out):
+    folder, run = bench
+    run(*command, *PERSONA_JUDGE, "--output_path", out, "--log_samples")
+    check(*results(folder / out))
 
 
 def test_lm_eval_takes_the_inline_form_the_shipped_model_s_name_and_another_persona(bench):
@@ -77,9 +99,7 @@ def test_lm_eval_takes_the_inline_form_the_shipped_model_s_name_and_another_pers
     assert len(samples) == len(load_persona("walt").items("validate"))
 
 
-def test_lm_eval_lists_our_tasks(bench):
-    _, run = bench
-    listed = run("lm_eval", "ls", "tasks").stdout
+def test_lm_eval_lists_our_tasks(listed_tasks):
     ours = (
         "persona_judge",
         "tiny_knowledge",
@@ -90,101 +110,61 @@ def test_lm_eval_lists_our_tasks(bench):
         "steered_mmlu_virology",
         "steered_perplexity",
     )
-    assert all(name in listed for name in ours)
+    assert all(name in listed_tasks.stdout for name in ours)
 
 
 def test_a_wrong_spec_ends_lm_eval_with_our_sentence(bench):
     _, run = bench
-    done = run(
-        "lm_eval", "--model", "steered-hf", "--model_args", f"pretrained={TINY},steering=nowhere.yaml", "--tasks", "persona_judge", check=False
-    )
+    steering = f"pretrained={TINY},steering=nowhere.yaml"
+    done = run("python", "-m", "lm_eval", "--model", "steered-hf", "--model_args", steering, "--tasks", "persona_judge", check=False)
     assert done.returncode != 0
     assert "steering='nowhere.yaml' does not exist" in done.stderr + done.stdout
 
 
-def test_inspect_runs_persona_judge_with_a_spec(bench):
-    folder, run = bench
-    run(
-        "inspect", "eval", "steered_lm/persona_judge", "--model", f"steered-hf/{TINY_CHAT}", "-M", "steering=spec.yaml", "-T", "persona=walt",
-        "--log-dir", "logs", "--log-format", "json", "--display", "plain",
-    )  # fmt: skip
-    (log,) = (folder / "logs").glob("*.json")
-    found = json.loads(log.read_text())
-    assert found["status"] == "success"
-    metrics = {score["name"]: score["metrics"] for score in found["results"]["scores"]}
+def test_inspect_runs_persona_judge_with_a_spec(by_inspect):
+    assert by_inspect["status"] == "success"
+    metrics = {score["name"]: score["metrics"] for score in by_inspect["results"]["scores"]}
     assert 1.0 <= metrics["persona_fit"]["mean"]["value"] <= 5.0
     assert metrics["persona_fit"]["stderr"]["value"] > 0
 
 
-def test_both_harnesses_give_the_same_score(bench):
-    folder, run = bench
-    run(
-        "inspect", "eval", "steered_lm/persona_judge", "--model", f"steered-hf/{TINY_CHAT}", "-M", "steering=spec.yaml", "--log-dir", "same",
-        "--log-format", "json", "--display", "plain",
-    )  # fmt: skip
-    (log,) = (folder / "same").glob("*.json")
-    metrics = {score["name"]: score["metrics"] for score in json.loads(log.read_text())["results"]["scores"]}
-    arguments = [
-        "--model",
-        "steered-hf",
-        "--model_args",
-        f"pretrained={TINY_CHAT},steering=spec.yaml",
-        "--tasks",
-        "persona_judge",
-        "--batch_size",
-        "16",
-    ]
-    run("lm_eval", *arguments, "--output_path", "same_lm_eval", "--log_samples")
-    scores, _ = results(folder / "same_lm_eval")
-    assert metrics["persona_fit"]["mean"]["value"] == pytest.approx(scores["results"]["persona_judge"]["persona_fit,none"], abs=1e-4)
+def test_both_harnesses_give_the_same_score(by_lm_eval, by_inspect):
+    metrics = {score["name"]: score["metrics"] for score in by_inspect["results"]["scores"]}
+    scores = by_lm_eval[0]["results"]["persona_judge"]
+    assert metrics["persona_fit"]["mean"]["value"] == pytest.approx(scores["persona_fit,none"], abs=1e-4)
 
 
-def test_lamp_runs_under_both_stock_commands_with_the_same_numbers(bench):
-    folder, run = bench
-    write_lamp(folder / "data", "LaMP_7")
-    metadata = json.dumps({"data": "data", "k": 1})
-    run(
-        "lm_eval",
-        "--model",
-        "steered-hf",
-        "--model_args",
-        f"pretrained={TINY_CHAT}",
-        "--tasks",
-        "lamp_7",
-        "--metadata",
-        metadata,
-        "--output_path",
-        "lamp",
-    )
-    (file,) = (folder / "lamp").rglob("results_*.json")
-    ours = json.loads(file.read_text())["results"]["lamp_7"]
-    run(
-        "inspect", "eval", "steered_lm/lamp_7", "--model", f"steered-hf/{TINY_CHAT}", "-T", "data=data", "-T", "k=1", "--log-dir", "lamp_logs",
-        "--log-format", "json", "--display", "plain",
-    )  # fmt: skip
-    (log,) = (folder / "lamp_logs").glob("*.json")
-    theirs = {score["name"]: score["metrics"]["mean"]["value"] for score in json.loads(log.read_text())["results"]["scores"]}
-    assert theirs == pytest.approx({name: ours[f"{name},none"] for name in ("rouge1", "rougeL")})
-
-
-def test_both_harnesses_run_truthfulqa_and_mmlu_on_local_files(bench):
+@pytest.fixture(scope="module")
+def on_local_files(bench):
+    """LaMP, TruthfulQA and MMLU on one folder of data: results and samples of lm-eval by task, and Inspect's logs by task."""
     folder, run = bench
     save_small_data(folder / "local")
+    write_lamp(folder / "local", "LaMP_7")
+    tasks = "lamp_7,steered_truthfulqa_mc1,steered_truthfulqa_mc2,steered_mmlu_astronomy"
     arguments = ["--model", "steered-hf", "--model_args", f"pretrained={TINY_CHAT},steering=spec.yaml", "--metadata", '{"data": "local"}']
-    tasks = "steered_truthfulqa_mc1,steered_truthfulqa_mc2,steered_mmlu_astronomy"
     run("lm_eval", *arguments, "--tasks", tasks, "--batch_size", "16", "--output_path", "choices", "--log_samples")
     (file,) = (folder / "choices").rglob("results_*.json")
-    assert {scores["sample_len"] for scores in json.loads(file.read_text())["results"].values()} == {6}
+    (samples,) = (folder / "choices").rglob("samples_steered_truthfulqa_mc1_*")
     run(
-        "inspect", "eval", "steered_lm/mmlu", "steered_lm/truthfulqa_mc1", "--model", f"steered-hf/{TINY_CHAT}", "-M", "steering=spec.yaml",
-        "-T", "data=local", "--log-dir", "choices_logs", "--log-format", "json", "--display", "plain",
+        "inspect", "eval", "steered_lm/mmlu", "steered_lm/truthfulqa_mc1", "steered_lm/lamp_7", "--model", f"steered-hf/{TINY_CHAT}",
+        "-M", "steering=spec.yaml", "-T", "data=local", "--log-dir", "choices_logs", "--log-format", "json", "--display", "plain",
     )  # fmt: skip
     logs = [json.loads(log.read_text()) for log in (folder / "choices_logs").glob("*.json")]
-    assert {(log["eval"]["task"], log["status"]) for log in logs} == {("steered_lm/mmlu", "success"), ("steered_lm/truthfulqa_mc1", "success")}
-    (file,) = (folder / "choices").rglob("samples_steered_truthfulqa_mc1_*")
-    lm_eval = [json.loads(line)["doc"]["id"] for line in file.read_text().splitlines()]
-    (inspect,) = [log for log in logs if log["eval"]["task"] == "steered_lm/truthfulqa_mc1"]
-    assert sorted(lm_eval) == sorted(sample["id"] for sample in inspect["samples"])
+    return json.loads(file.read_text())["results"], samples.read_text().splitlines(), {log["eval"]["task"].partition("/")[2]: log for log in logs}
+
+
+def test_lamp_runs_under_both_stock_commands_with_the_same_numbers(on_local_files):
+    found, _, logs = on_local_files
+    theirs = {score["name"]: score["metrics"]["mean"]["value"] for score in logs["lamp_7"]["results"]["scores"]}
+    assert theirs == pytest.approx({name: found["lamp_7"][f"{name},none"] for name in ("rouge1", "rougeL")})
+
+
+def test_both_harnesses_run_truthfulqa_and_mmlu_on_local_files(on_local_files):
+    found, samples, logs = on_local_files
+    assert {scores["sample_len"] for name, scores in found.items() if name != "lamp_7"} == {6}
+    assert {task: log["status"] for task, log in logs.items()} == dict.fromkeys(("mmlu", "truthfulqa_mc1", "lamp_7"), "success")
+    lm_eval = [json.loads(line)["doc"]["id"] for line in samples]
+    assert sorted(lm_eval) == sorted(sample["id"] for sample in logs["truthfulqa_mc1"]["samples"])
 
 
 def test_cost_measures_a_sweep_and_writes_its_page(bench):

@@ -34,9 +34,8 @@ def judge():
     server.close()
 
 
-def test_lm_eval_lists_the_tasks_and_runs_the_group_with_verdicts_in_its_samples(command, judge, tmp_path):
-    listed = command("lm_eval", "ls", "tasks").stdout
-    assert all(name in listed for name in ("persona_vectors", "pv_trait", *(f"pv_{trait}" for trait in TRAITS)))
+def test_lm_eval_lists_the_tasks_and_runs_the_group_with_verdicts_in_its_samples(listed_tasks, command, judge, tmp_path):
+    assert all(name in listed_tasks.stdout for name in ("persona_vectors", "pv_trait", *(f"pv_{trait}" for trait in TRAITS)))
     metadata = json.dumps({**judge, "max_gen_toks": 24, "missing_limit": 0.5})
     arguments = ["--model_args", f"pretrained={TINY_CHAT}", "--tasks", "persona_vectors", "--limit", "3", "--metadata", metadata]
     done = command("lm_eval", "--model", "steered-hf", *arguments, "--output_path", "out", "--log_samples")
