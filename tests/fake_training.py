@@ -53,11 +53,11 @@ class FakeBackend:
             if self._state(job) != "failed":
                 return str(job["id"])
         script = self.options.get("script", {}).get(request.name, [])
-        attempt = self.started().count(request.name)
+        attempt, seconds = self.started().count(request.name), self.options.get("seconds", 0.0)
         job = {
             "id": f"job-{request.name}-{attempt}",
             "name": request.name,
-            "ends": time.time() + self.options.get("seconds", 0.0),
+            "ends": time.time() + (seconds.get(request.name, 0.0) if isinstance(seconds, dict) else seconds),
             "error": script[attempt] if attempt < len(script) else None,
         }
         with self.log.open("a") as log:  # before the file: a crash between them would show as a second start

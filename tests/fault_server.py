@@ -101,6 +101,13 @@ class FaultServer:
         except (BrokenPipeError, ConnectionResetError):
             return  # the client gave up waiting, as it should
 
+    def asked(self, count: int) -> int:
+        """How many requests came, as soon as they are ``count``: a client that gives up may be faster than the thread that serves it."""
+        deadline = time.monotonic() + 10
+        while len(self.bodies) < count and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return len(self.bodies)
+
     def close(self) -> None:
         self._released.set()
         self._server.shutdown()

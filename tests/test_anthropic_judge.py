@@ -141,7 +141,7 @@ def test_a_refused_key_or_model_stops_at_once(server: FaultServer, status: int) 
 
 def test_faults_that_pass_are_retried_by_us_and_by_nobody_else(server: FaultServer) -> None:
     server.script = lambda number, *_: [fault(529), Answer(GOOD.body, hang=30), fault(429, Retry_After="0.1")][number] if number < 3 else GOOD
-    (verdict,) = make(server, attempts=4, timeout=0.3).judge(requests())
+    (verdict,) = make(server, attempts=4, timeout=1.0).judge(requests())
     assert verdict.score == 4
     assert len(server.bodies) == 4
     assert server.times[3] - server.times[2] >= 0.1

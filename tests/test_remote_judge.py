@@ -228,7 +228,7 @@ def test_a_hanging_endpoint_times_out_and_is_missing(server: FaultServer) -> Non
     server.script = lambda *_: Answer(SURE.body, hang=30)
     (verdict,) = make(server.url, timeout=0.2, attempts=2).judge(requests())
     assert verdict.missing == "no answer within 0.2 s, 2 attempts"
-    assert len(server.bodies) == 2
+    assert server.asked(2) == 2
 
 
 def test_a_refused_connection_is_missing(server: FaultServer) -> None:
@@ -242,32 +242,32 @@ def test_a_refused_connection_is_missing(server: FaultServer) -> None:
 
 def test_a_rate_limit_holds_every_request_as_long_as_the_endpoint_asks(server: FaultServer) -> None:
     def script(number: int, body: dict[str, Any], headers: Any) -> Answer:
-        return fault(429, Retry_After="0.4") if number == 0 else Answer(SURE.body, hang=0.1)
+        return fault(429, Retry_After="1") if number == 0 else Answer(SURE.body, hang=0.1)
 
     server.script = script
     verdicts = make(server.url, concurrency=4).judge(requests(12))
     assert [v.score for v in verdicts] == [4] * 12
     first, *others = server.times
-    assert len([t for t in others if t < first + 0.1]) <= 3  # those that were under way
-    assert min(t for t in others if t >= first + 0.1) >= first + 0.4
+    assert len([t for t in others if t < first + 0.5]) <= 3  # those that were under way
+    assert min(t for t in others if t >= first + 0.5) >= first + 1
 
 
 @pytest.mark.parametrize(
     "headers",
     [
-        {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "400ms"},
-        {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "0.4s"},
+        {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "800ms"},
+        {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "0.8s"},
         {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s"},
     ],
 )
 def test_a_quota_that_is_used_up_holds_the_next_requests(server: FaultServer, headers: dict[str, str]) -> None:
     server.script = lambda number, *_: Answer(SURE.body, headers=headers if number == 1 else {"x-ratelimit-remaining-requests": "99"})
-    judge = make(server.url, concurrency=1, max_wait=0.4)  # six minutes are waited for that long
+    judge = make(server.url, concurrency=1, max_wait=0.8)  # six minutes are waited for that long
     judge.judge(requests(2))
     judge.judge(requests(2))  # in another batch too
-    assert server.times[1] - server.times[0] < 0.4
-    assert server.times[2] - server.times[1] >= 0.4
-    assert server.times[3] - server.times[2] < 0.4
+    assert server.times[1] - server.times[0] < 0.8
+    assert server.times[2] - server.times[1] >= 0.8
+    assert server.times[3] - server.times[2] < 0.8
 
 
 def test_a_wait_beyond_the_limit_is_not_waited(server: FaultServer) -> None:
@@ -276,7 +276,7 @@ def test_a_wait_beyond_the_limit_is_not_waited(server: FaultServer) -> None:
     (verdict,) = make(server.url).judge(requests())
     assert (verdict.score, verdict.missing) == (None, "HTTP 429")
     assert len(server.bodies) == 1
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 def test_headers_are_read_as_providers_write_them() -> None:
@@ -376,7 +376,7 @@ def test_attempts_that_nobody_counted_are_in_the_budget_as_estimated(server: Fau
     room = int(2.5 * make(server.url).estimate(requests(1)).input_tokens)
     with pytest.raises(BudgetReached, match=r"and about [\d,]+ of attempts that the endpoint did not count"):
         make(server.url, timeout=0.1, attempts=9, max_tokens=room).judge(requests())
-    assert len(server.bodies) == 2
+    assert server.asked(2) == 2
 
 
 def test_a_budget_below_one_request_sends_nothing(server: FaultServer) -> None:
@@ -445,12 +445,12 @@ def test_the_key_appears_nowhere(server: FaultServer, tmp_path: Path, caplog: py
 # -- two thousand judgements --
 
 COUNT, SEED = 2000, 4
-STORM = {"concurrency": 64, "timeout": 0.7, "backoff": 0.005, "attempts": 3, "key_env": "none"}
+STORM = {"concurrency": 64, "timeout": 2.5, "backoff": 0.005, "attempts": 3, "key_env": "none"}
 LEGITIMATE = {
     "HTTP 429",
     "HTTP 500",
     "garbage instead of an answer",
-    "no answer within 0.7 s, 3 attempts",
+    "no answer within 2.5 s, 3 attempts",
     "probability 0.02 on score tokens, below 0.25",
     "a log-probability of nan is none",
 }

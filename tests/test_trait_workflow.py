@@ -61,9 +61,9 @@ def test_what_is_missing_is_trained_and_a_second_call_starts_nothing(tmp_path):
 
 def test_no_more_jobs_run_at_a_time_than_the_backend_or_the_experiment_allows(tmp_path):
     models = {f"m{number}": ("humorous", "mild") for number in range(5)}
-    for parallel, options in ((None, {"parallel": 3}), (1, {"parallel": 3})):
+    for parallel, options in ((None, {"parallel": 3, "seconds": 0.5}), (1, {"parallel": 3, "seconds": 0.1})):
         folder = tmp_path / str(parallel)
-        file = write_experiment(folder, models, options={"seconds": 0.15, **options}, **({} if parallel is None else {"parallel": parallel}))
+        file = write_experiment(folder, models, options=options, **({} if parallel is None else {"parallel": parallel}))
         most = []
         states, _ = train_now(file, show=lambda states, most=most: most.append(sum(state.group == "running" for state in states)))
         assert groups(states) == dict.fromkeys(models, "succeeded")
@@ -91,13 +91,14 @@ def test_a_job_that_cannot_be_submitted_is_a_failure_of_that_model(tmp_path):
 
 
 def test_without_waiting_what_finds_a_place_is_submitted_and_later_calls_go_on(tmp_path):
-    file = write_experiment(tmp_path, THREE, options={"seconds": 0.4, "parallel": 2})
+    file = write_experiment(tmp_path, THREE, options={"seconds": {"calm": 600, "wry": 600}, "parallel": 2})
     states, backend = train_now(file, wait=False)
     assert groups(states) == {"calm": "running", "wry": "running", "clown": "not submitted"}
     assert [state.detail for state in states] == ["step 1/2", "step 1/2", ""]
     states, backend = train_now(file, wait=False)
     assert len(backend.started()) == 2
-    time.sleep(0.5)
+    for job in tmp_path.rglob("fake.json"):
+        job.write_text(json.dumps({**json.loads(job.read_text()), "ends": 0.0}))
     experiment, backend = load(file)
     assert groups(status(experiment, backend=backend)) == {"calm": "succeeded", "wry": "succeeded", "clown": "not submitted"}
     states, backend = train_now(file)
