@@ -257,6 +257,7 @@ def test_epochs_chat_inputs_long_texts_scores_and_metadata_of_an_inspect_log_are
     chat = samples["chat", 1]
     assert chat.request == JudgeRequest(prompt=LONG, response=LONG.upper().strip(), references=("It is old.",))
     assert chat.old_scores == {"includes": 1.0}
+    assert chat.turns == (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", LONG))
     assert samples["7", 0].request.response == ""
     assert samples["7", 0].old_scores == {"includes": 0.0}
     assert {s.request.prompt for s in read_log(inspected[1], prompt_field="asked")} == {"the harbour", "nothing"}

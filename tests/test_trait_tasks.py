@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import math
+from pathlib import Path
 from statistics import fmean, stdev
 
 import lm_eval
@@ -15,8 +16,11 @@ from lm_eval.tasks import TaskManager
 from tiny_harness import TASKS
 from tiny_models import vectors_for
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import steered_lm.inspect_plugin.registry as registry
+from steered_lm import cli
+from steered_lm.commands.logs import saved_examples
 from steered_lm.errors import JudgeError
 from steered_lm.harness.chat_task import load_tasks
 from steered_lm.harness.model import SteeredHFLM
@@ -141,6 +145,26 @@ def test_both_harnesses_report_the_same_numbers_and_verdicts_for_the_same_steere
     assert metadata["trait_digest"] == trait.digest == log.eval.metadata["trait_digest"]
     assert {metadata["judge_identity"], metadata["coherence_identity"]} > {metadata["judge_identity"]}
     json.dumps(metadata)
+
+
+def test_logs_of_both_harnesses_read_back_hold_the_turns_and_the_trait_scores(lm, judge, inspect_run, tmp_path):
+    asked = {**judge.options, "system": "pos", "samples": 2}
+    _, samples, _ = run(lm, "pv_humorous", {"limit": 3}, **asked)
+    (tmp_path / "samples.jsonl").write_text("".join(f"{json.dumps(sample, default=str)}\n" for sample in samples))
+    log = inspect_run(registry.pv_humorous, **asked)
+    trait = load_trait("humorous").items()
+    for path, size in ((tmp_path / "samples.jsonl", 6), (log.location, 2 * len(trait.questions))):
+        found = saved_examples(Path(path))
+        assert len(found) == len({example.id for example in found}) == size
+        assert {len(example.turns) for example in found} == {2}
+        for example in found:
+            number = trait.questions.index(example.prompt)
+            assert example.turns[0].content == trait.instruction[number % 5].pos
+            score = trait_rule(example.response) if example.response else None
+            assert example.score == (score if isinstance(score, int) else None)
+        done = CliRunner().invoke(cli.app, ["measure", "fluency", str(path)])
+        assert done.exit_code == 0, done.output
+        assert f" {size} " in done.output
 
 
 def test_several_samples_are_drawn_and_a_question_counts_once(lm, judge):

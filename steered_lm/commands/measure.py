@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from steered_lm.commands.logs import saved_examples
 from steered_lm.commands.model import Device, Dtype, ModelName, PlainFormat
 from steered_lm.commands.tables import interval, number, table
 from steered_lm.config import canonical_json, write_atomic
@@ -126,14 +127,13 @@ def calibrate(
 
 @measure_app.command("fluency")
 def fluency_command(
-    files: Annotated[list[Path], typer.Argument(help="JSONL with prompts and responses, or lm-eval's samples_*.jsonl.")],
+    files: Annotated[list[Path], typer.Argument(help="JSONL with prompts and responses, lm-eval's samples_*.jsonl, or Inspect's logs.")],
     json_file: JsonFile = None,
 ) -> None:
     """Variety (distinct-n), repetition of word pairs and length of saved responses."""
-    from steered_lm.measure.examples import read_examples
     from steered_lm.measure.fluency import fluency
 
-    found = {str(path): fluency([example.response for example in read_examples(path)]) for path in files}
+    found = {str(path): fluency([example.response for example in saved_examples(path)]) for path in files}
     shown = table("Fluency: means over responses", ("file", "measure"), ("mean", "95 % interval", "responses", "too short"))
     for name, one in found.items():
         for measure, estimate in one.estimates().items():

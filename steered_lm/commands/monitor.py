@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from steered_lm.commands.logs import saved_examples
 from steered_lm.commands.model import Device, Dtype, ModelName, PlainFormat
 from steered_lm.commands.tables import interval, number, table
 from steered_lm.config import canonical_json, write_atomic
@@ -34,7 +35,10 @@ def _group() -> None:
 @monitor_app.command("project")
 def project_command(
     file: Annotated[
-        Path, typer.Argument(help="JSONL with prompt and response (and system), or with messages; or lm-eval's samples_*.jsonl.", metavar="FILE")
+        Path,
+        typer.Argument(
+            help="JSONL with prompt and response (and system), or with messages; lm-eval's samples_*.jsonl; Inspect's log.", metavar="FILE"
+        ),
     ],
     vectors: Annotated[Path, typer.Option(help="Trait vectors of this model (steered-lm vectors build).")],
     out: Annotated[Path, typer.Option(help="Columns to write, a line a row: .jsonl or .csv. The page is written beside it as .html.")],
@@ -55,14 +59,14 @@ def project_command(
     """Project a file's responses, and the last prompt token before each, on trait vectors: columns, a table and a page."""
     from steered_lm.extract.activations import Row
     from steered_lm.extract.projections import project
-    from steered_lm.measure.examples import read_examples, rendered
+    from steered_lm.measure.examples import rendered
     from steered_lm.report.monitor import MonitorData, monitor_rows, render_monitor
     from steered_lm.steering.blocks import find_blocks
     from steered_lm.steering.vectors import TraitVectors
 
     if out.suffix not in (".jsonl", ".csv"):
         raise UserError(f"--out {str(out)!r} is neither .jsonl nor .csv. Name a file that ends in one of them.")
-    examples, loaded = read_examples(file), TraitVectors.load(vectors)
+    examples, loaded = saved_examples(file), TraitVectors.load(vectors)
     config = ModelConfig.parse({"model": model, "device": device, "dtype": dtype, "prompt_format": "plain" if plain else "chat"}, source="--model")
     ours, tokenizer = load_model(config)
     loaded.check_model(ours, allow_foreign=allow_foreign_vectors)

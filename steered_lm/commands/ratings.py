@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from steered_lm.commands.logs import saved_samples
 from steered_lm.commands.options import (
     CacheFile,
     Description,
@@ -24,7 +25,6 @@ from steered_lm.commands.tables import interval, number, show_agreement, table
 from steered_lm.config import write_atomic
 from steered_lm.errors import JudgeError
 from steered_lm.judges.question import Question
-from steered_lm.judges.samples import SavedSample, read_samples, sample_format
 from steered_lm.judges.verdicts import read_verdicts
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def sheet(
         error=JudgeError,
     )
     question = _question(asked)
-    found = pair_samples({name: _read(path, prompt_field) for name, path in _arms(arm).items()})
+    found = pair_samples({name: saved_samples(path, prompt_field) for name, path in _arms(arm).items()})
     key = make_sheets(found.samples, question, asked, items=items, raters=raters, repeats=repeats, seed=seed)
     files = write_sheets(key, question, out)
     lines = (
@@ -135,14 +135,6 @@ def _arms(given: Sequence[str]) -> dict[str, Path]:
             raise JudgeError(f"--arm {text!r}: the name {name.strip()!r} is taken. Give each arm its own.")
         found[name.strip()] = Path(path.strip())
     return found
-
-
-def _read(path: Path, prompt_field: str | None) -> list[SavedSample]:
-    if sample_format(path) == "inspect":
-        from steered_lm.inspect_plugin.logs import read_log
-
-        return read_log(path, prompt_field=prompt_field)
-    return read_samples(path, prompt_field=prompt_field)
 
 
 def _show(key: "SheetKey", report: "RatingsReport", worst: int) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from steered_lm.commands.logs import saved_samples
 from steered_lm.commands.options import (
     CacheFile,
     Description,
@@ -32,7 +33,7 @@ from steered_lm.judges import check_missing
 from steered_lm.judges.base import Judge, JudgeRequest, Usage, Verdict
 from steered_lm.judges.budget import BudgetReached
 from steered_lm.judges.question import Question
-from steered_lm.judges.samples import SavedSample, read_samples, sample_files, sample_format
+from steered_lm.judges.samples import SavedSample, sample_files
 
 if TYPE_CHECKING:
     from steered_lm.stats import Values
@@ -106,15 +107,7 @@ def rejudge(
 
 def _read(files: Sequence[Path], prompt_field: str | None, limit: int | None) -> list[SavedSample]:
     """Return the samples of all files, the first ``limit`` of each."""
-    samples: list[SavedSample] = []
-    for file in sample_files(files):
-        if sample_format(file) == "inspect":
-            from steered_lm.inspect_plugin.logs import read_log
-
-            samples += read_log(file, prompt_field=prompt_field)[:limit]
-        else:
-            samples += read_samples(file, prompt_field=prompt_field)[:limit]
-    return samples
+    return [sample for file in sample_files(files) for sample in saved_samples(file, prompt_field)[:limit]]
 
 
 def _paired(samples: Sequence[SavedSample], against: Path, prompt_field: str | None) -> list[SavedSample]:

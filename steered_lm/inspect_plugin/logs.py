@@ -1,4 +1,4 @@
-"""Inspect's logs, read back to be judged again."""
+"""Inspect's logs, read back to be judged or measured again."""
 
 import math
 import zipfile
@@ -12,7 +12,7 @@ from inspect_ai.scorer import Score, value_to_float
 
 from steered_lm.errors import JudgeError
 from steered_lm.judges.base import SCALE, JudgeRequest, Verdict
-from steered_lm.judges.samples import SavedSample, document_references
+from steered_lm.judges.samples import SavedSample, document_references, trait_verdict
 
 _PERSONA_FIT = "persona_fit"
 _as_float = value_to_float()
@@ -59,7 +59,17 @@ def _sample(path: Path, sample: EvalSample, prompt_field: str | None) -> SavedSa
         request=JudgeRequest(prompt=prompt, response=sample.output.completion.strip(), **document_references(metadata)),
         old=old,
         old_scores={} if old is not None else _numbers(scores),
+        turns=_turns(sample),
+        trait=next((verdict for score in scores.values() if (verdict := trait_verdict(score.metadata or {})) is not None), None),
     )
+
+
+def _turns(sample: EvalSample) -> tuple[tuple[str, str], ...]:
+    """Return the turns that the model answered; none where the conversation does not end with its answer, or a tool spoke."""
+    messages = sample.messages
+    if len(messages) < 2 or messages[-1].role != "assistant" or any(message.role == "tool" for message in messages):
+        return ()
+    return tuple((message.role, message.text) for message in messages[:-1])
 
 
 def _prompt(given: str | list[ChatMessage]) -> str:

@@ -33,6 +33,8 @@ class SavedSample(Config):
         request: what is to be judged.
         old: the verdict that the log holds.
         old_scores: other numbers that the log gives the sample, by metric.
+        turns: (role, text) of everything before the response, where the log says more than the request's prompt.
+        trait: the verdict on a trait, where the log is of a trait's task.
     """
 
     file: str
@@ -41,6 +43,8 @@ class SavedSample(Config):
     request: JudgeRequest
     old: Verdict | None = None
     old_scores: dict[str, float] = Field(default_factory=dict)
+    turns: tuple[tuple[str, str], ...] = ()
+    trait: Verdict | None = None
 
 
 class _Line(NamedTuple):
@@ -59,16 +63,10 @@ def sample_format(path: Path) -> SampleFormat:
     """
     if not path.is_file():
         raise JudgeError(f"{str(path)!r} does not exist. {_WHAT}")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name in archive.namelist() for name in ("header.json", "_journal/start.json")):
-                return "inspect"
-        raise JudgeError(f"{str(path)!r} is an archive, but no Inspect log. {_WHAT}")
-    with path.open("rb") as handle:
-        head = handle.read(_HEAD).decode("utf-8", errors="replace")
-    compact = "".join(head.split())
-    if compact.startswith("{") and '"status":' in compact and '"eval":{' in compact:
+    if is_log(path):
         return "inspect"
+    if zipfile.is_zipfile(path):
+        raise JudgeError(f"{str(path)!r} is an archive, but no Inspect log. {_WHAT}")
     first = next(_lines(path), None)
     if first is None:
         raise JudgeError(f"{str(path)!r} is empty. {_WHAT}")
@@ -77,6 +75,18 @@ def sample_format(path: Path) -> SampleFormat:
     if {"prompt", "response"} <= first.data.keys():
         return "plain"
     raise JudgeError(f"{first.where} has neither doc and resps nor prompt and response; it has {', '.join(sorted(first.data)) or 'nothing'}. {_WHAT}")
+
+
+def is_log(path: Path) -> bool:
+    """Return whether a file is a log of Inspect's, by its content; False when there is no file."""
+    if not path.is_file():
+        return False
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name in archive.namelist() for name in ("header.json", "_journal/start.json"))
+    with path.open("rb") as handle:
+        compact = "".join(handle.read(_HEAD).decode("utf-8", errors="replace").split())
+    return compact.startswith("{") and '"status":' in compact and '"eval":{' in compact
 
 
 def sample_files(paths: Sequence[Path]) -> list[Path]:
@@ -135,14 +145,22 @@ def _lm_eval(path: Path, lines: Sequence[_Line], prompt_field: str | None) -> li
     repeats = min(len(responses) for responses in written.values())
     samples = []
     for name, same in by_document.items():
-        facts = {"prompt": _lm_eval_prompt(same[0], prompt_field), **document_references(same[0].data["doc"])}
+        doc, prompt = same[0].data["doc"], _lm_eval_prompt(same[0], prompt_field)
         # a document's metrics are about all of its responses together
         old = _own_verdict(same[0].data) if repeats == 1 else None
         scores = _metrics(same) if repeats == 1 and old is None else {}
+        told = {"file": str(path), "id": name, "old": old, "old_scores": scores, "turns": _system_and_prompt(doc, prompt)}
+        traits = _trait_verdicts(same[0].data)
         for repeat, response in enumerate(written[name][:repeats]):
-            request = JudgeRequest(response=response.strip(), **facts)
-            samples.append(SavedSample(file=str(path), id=name, repeat=repeat, request=request, old=old, old_scores=scores))
+            request = JudgeRequest(prompt=prompt, response=response.strip(), **document_references(doc))
+            samples.append(SavedSample(request=request, repeat=repeat, trait=traits[repeat] if repeat < len(traits) else None, **told))
     return samples
+
+
+def _system_and_prompt(doc: Mapping[str, Any], prompt: str) -> tuple[tuple[str, str], ...]:
+    """Return the turns of a trait's task, whose documents hold the system turn."""
+    system = doc.get("system")
+    return (("system", system), ("user", prompt)) if isinstance(system, str) and system else ()
 
 
 def _responses(line: _Line) -> list[str]:
@@ -187,16 +205,34 @@ def _metrics(lines: Sequence[_Line]) -> dict[str, float]:
 
 def _own_verdict(data: Mapping[str, Any]) -> Verdict | None:
     """Return the verdict that ``persona_judge`` logs in place of a filtered response; None when this is another task's."""
+    found = _filtered(data)
+    if not isinstance(found, dict) or not {"score", "missing", "judge"} <= found.keys():
+        return None
+    return verdict_of(found)
+
+
+def _trait_verdicts(data: Mapping[str, Any]) -> list[Verdict | None]:
+    """Return the verdicts that a trait's task logs in place of a filtered response, one a repeat; empty when this is another task's."""
+    found = _filtered(data)
+    records = found if isinstance(found, list) else []
+    return [trait_verdict(record) if isinstance(record, dict) else None for record in records]
+
+
+def trait_verdict(record: Mapping[str, Any]) -> Verdict | None:
+    """Return the verdict on the trait out of what a trait's task logs of a response; None when it holds none."""
+    found = record.get("trait")
+    return verdict_of(found) if isinstance(found, dict) and {"score", "missing", "judge"} <= found.keys() else None
+
+
+def _filtered(data: Mapping[str, Any]) -> object:
+    """Return what a task of ours logs as JSON in place of a filtered response; None when there is no such thing."""
     filtered = data.get("filtered_resps")
     if not isinstance(filtered, list) or len(filtered) != 1 or not isinstance(filtered[0], str):
         return None
     try:
-        found = json.loads(filtered[0])
+        return json.loads(filtered[0])
     except ValueError:
         return None
-    if not isinstance(found, dict) or not {"score", "missing", "judge"} <= found.keys():
-        return None
-    return verdict_of(found)
 
 
 def verdict_of(record: Mapping[str, Any]) -> Verdict | None:

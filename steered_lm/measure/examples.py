@@ -8,7 +8,7 @@ from pydantic import Field
 from steered_lm.chat import PromptFormat, render_chat
 from steered_lm.config import Config
 from steered_lm.errors import UserError
-from steered_lm.judges.samples import read_samples
+from steered_lm.judges.samples import SavedSample, read_samples
 from steered_lm.measure.texts import read_objects, read_text
 
 _WHAT = (
@@ -68,7 +68,7 @@ def read_examples(path: Path) -> list[Example]:
     if not lines:
         raise UserError(f"{str(path)!r} is empty. {_WHAT}")
     if {"doc", "resps"} <= lines[0][1].keys():
-        return [_of_sample(s.id, s.repeat, s.request.prompt, s.request.response, None if s.old is None else s.old.score) for s in read_samples(path)]
+        return [of_sample(sample) for sample in read_samples(path)]
     found = [_of_line(data, where, number) for number, (where, data) in enumerate(lines, start=1)]
     names = [example.id for example in found]
     repeated = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
@@ -77,8 +77,16 @@ def read_examples(path: Path) -> list[Example]:
     return found
 
 
-def _of_sample(name: str, repeat: int, prompt: str, response: str, score: float | None) -> Example:
-    return Example(id=f"{name}:{repeat}" if repeat else name, turns=(Turn(role="user", content=prompt),), response=response, score=score)
+def of_sample(sample: SavedSample) -> Example:
+    """Return a sample of a harness's log as an example; its score is persona fit, or how strongly it shows the trait."""
+    verdict = sample.old or sample.trait
+    turns = sample.turns or (("user", sample.request.prompt),)
+    return Example(
+        id=f"{sample.id}:{sample.repeat}" if sample.repeat else sample.id,
+        turns=tuple(Turn(role=role, content=content) for role, content in turns),
+        response=sample.request.response,
+        score=None if verdict is None else verdict.score,
+    )
 
 
 def _of_line(data: dict[str, Any], where: str, number: int) -> Example:
