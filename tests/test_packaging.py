@@ -133,9 +133,12 @@ def test_lm_eval_finds_our_tasks_in_an_editable_install(editable_python, tmp_pat
     assert "All tasks found and valid" in said.stdout
 
 
-def test_stock_inspect_lists_our_tasks_with_no_flag(installed_python, tmp_path):
-    code = "from inspect_ai._util.registry import registry_lookup; print(registry_lookup('task', 'steered_lm/persona_judge'))"
-    assert "persona_judge" in run([installed_python, "-c", code], cwd=tmp_path).stdout
+def test_stock_inspect_finds_each_of_our_tasks_with_no_flag(installed_python, tmp_path):
+    from steered_lm.inspect_plugin import registry
+
+    names = sorted(set(registry.__all__) - {"steered_hf"})
+    code = f"from inspect_ai._util.registry import registry_lookup as look; print(*(n for n in {names} if look('task', f'steered_lm/{{n}}')))"
+    assert run([installed_python, "-c", code], cwd=tmp_path).stdout.split() == names
     assert run([installed_python.with_name("inspect"), "--version"], cwd=tmp_path).returncode == 0
 
 
