@@ -1,5 +1,6 @@
 """Fixtures that many test files share: the built distributions and clean environments that they are installed into."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -38,6 +39,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "installed" if stem in INSTALLED else stem
 
     return ByFile(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what all test files imported out of later collections of garbage: libraries ask for full ones, a tenth of a second and more each."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
