@@ -14,6 +14,7 @@ from steered_lm.engine.adapters import Adapters, Group, by_adapter
 from steered_lm.engine.attention import SharedPrompts, reading
 from steered_lm.engine.cache import EngineCache
 from steered_lm.engine.forward import Fork, Forward
+from steered_lm.engine.generation_plan import GenerationPlan, columns, common_prefix
 from steered_lm.engine.rows import Ended, Generated, GenerationRow
 from steered_lm.engine.sampling import Sampler
 from steered_lm.engine.sites import PassTable, SpecSites
@@ -24,28 +25,6 @@ from steered_lm.steering.hooks import Table
 _Prompt = tuple[tuple[int, ...], int]
 # A prompt, and whether it is steered.
 _Key = tuple[_Prompt, bool]
-
-# Fewer common tokens than this are not worth a pass of their own.
-_PREFIX = 8
-# Columns that the cache may drift before its contents are moved back.
-_SLACK = 32
-
-
-class GenerationPlan(NamedTuple):
-    """How much runs at once.
-
-    Attributes:
-        rows: most rows in a step.
-        prompt_tokens: most tokens, rows times width after the common beginning, in a pass over prompts.
-        prefixes: whether the tokens that all prompts begin with run on their own.
-        shared: in how many blocks, from the first on, rows read one copy of their prompt (:class:`SharedPrompts`): all of them when nothing of
-            the prompts is steered but their last token, else those up to the first steered one.
-    """
-
-    rows: int
-    prompt_tokens: int
-    prefixes: bool = True
-    shared: int = 0
 
 
 @dataclass
@@ -407,12 +386,6 @@ class Population:
         return ended is not None
 
 
-def columns(rows: Sequence[GenerationRow], slots: int, *, shared: bool = False) -> int:
-    """Return how many columns the cache of a run needs when ``slots`` rows run at once; with shared prompts, of which only the last token counts."""
-    widest, longest = 1 if shared else max(len(row.tokens) for row in rows), max(row.max_new_tokens for row in rows)
-    return widest + longest + (_SLACK if len(rows) > slots else 0)
-
-
 def _padded(sequences: Sequence[Sequence[int]], prefix: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids ``[sequences, width]`` padded on the left, a mask that also covers ``prefix`` columns before them, and positions."""
     width = max(map(len, sequences))
@@ -424,13 +397,3 @@ def _padded(sequences: Sequence[Sequence[int]], prefix: int, device: torch.devic
         positions[row, gap:] = torch.arange(prefix, prefix + len(tokens))
         mask[row, prefix : prefix + gap] = 0
     return ids.to(device), mask.to(device), positions.to(device)
-
-
-def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Return how many tokens several prompts begin with, leaving each at least one more; 0 when they are not worth a pass of their own."""
-    if len(prompts) < 2:
-        return 0
-    low, high = min(prompts), max(prompts)
-    limit = min(map(len, prompts)) - 1
-    common = next((i for i in range(limit) if low[i] != high[i]), limit)
-    return common if common >= _PREFIX else 0
