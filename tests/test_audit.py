@@ -19,7 +19,8 @@ from steered_lm.judges.audit_gate import FILE_NAME, check_judge
 from steered_lm.judges.audit_items import audit_items, load_anchors
 from steered_lm.judges.audit_report import AuditReport
 from steered_lm.judges.base import JudgeRequest, Usage, Verdict
-from steered_lm.judges.cache import CachedJudge, JudgeCache
+from steered_lm.judges.cache import JudgeCache
+from steered_lm.judges.cached import CachedJudge
 from steered_lm.judges.detectable import auc_interval, detectable_difference, noise_sd, prompts_needed
 from steered_lm.judges.pairwise import BothOrders
 from steered_lm.judges.panel import Panel

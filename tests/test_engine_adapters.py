@@ -8,7 +8,7 @@ from tiny_models import generated_alone, random_model, scored_alone, spec_for, s
 
 from steered_lm.engine import Engine, GenerationRow, Sampling, ScoreRequest
 from steered_lm.engine.adapters import BASE, Adapters, by_adapter
-from steered_lm.engine.memory import Demand
+from steered_lm.engine.generation_plan import Demand
 from steered_lm.errors import ModelError
 from steered_lm.steering.hooks import Steerer
 

@@ -8,8 +8,7 @@ import transformers as hf
 from chat_folder import save_chat_model
 from tiny_models import FAMILIES, SPECIAL_FAMILIES, generated_alone, random_model, spec_for, special_model, steering_kinds
 
-from steered_lm.engine import Engine, GenerationRow, Sampling
-from steered_lm.engine import generate as generation
+from steered_lm.engine import Engine, GenerationRow, Sampling, generation_plan
 from steered_lm.engine.cache import EngineCache
 from steered_lm.engine.plain import generate_plain
 from steered_lm.engine.stops import Stops
@@ -154,7 +153,7 @@ def test_a_population_larger_than_the_batch_is_refilled_and_the_cache_moved_back
 
     for name in ("rebase", "admit", "move"):
         monkeypatch.setattr(EngineCache, name, counted(name, getattr(EngineCache, name)))
-    monkeypatch.setattr(generation, "_SLACK", 1)
+    monkeypatch.setattr(generation_plan, "_SLACK", 1)
     model = random_model()
     rows = mixed_rows(UNEQUAL, steering_kinds(model, tmp_path)) * 2
     rows = [row._replace(tokens=(*row.tokens, number + 3)) for number, row in enumerate(rows)]

@@ -14,8 +14,10 @@ from transformers.cache_utils import DynamicCache
 from steered_lm.engine import Engine, GenerationRow, Sampling, ScoreRequest, engine, tree
 from steered_lm.engine.cache import EngineCache
 from steered_lm.engine.forward import Forward
-from steered_lm.engine.memory import Demand, Footprint, beginning_bytes, fit_generation, fit_scoring, pass_bytes
+from steered_lm.engine.generation_plan import Demand, fit_generation
+from steered_lm.engine.memory import Footprint
 from steered_lm.engine.sampling import Sampler, draw
+from steered_lm.engine.scoring_plan import beginning_bytes, fit_scoring, pass_bytes
 from steered_lm.engine.stops import Stops
 from steered_lm.engine.tree import build_contexts, group_by_prefix
 from steered_lm.errors import ModelError

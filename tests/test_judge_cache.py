@@ -13,7 +13,8 @@ import pytest
 
 from steered_lm.errors import JudgeError
 from steered_lm.judges.base import Judge, JudgeRequest, Usage, Verdict
-from steered_lm.judges.cache import CachedJudge, CacheFilter, CacheSession, JudgeCache, request_key
+from steered_lm.judges.cache import CacheFilter, CacheSession, JudgeCache
+from steered_lm.judges.cached import CachedJudge, request_key
 
 ROOT = str(Path(__file__).resolve().parents[1])
 
@@ -317,7 +318,8 @@ def test_verdicts_may_arrive_from_several_threads(cache: JudgeCache) -> None:
 _SLOW = """
 import sys, time
 from steered_lm.judges.base import JudgeRequest, Verdict
-from steered_lm.judges.cache import CachedJudge, JudgeCache
+from steered_lm.judges.cache import JudgeCache
+from steered_lm.judges.cached import CachedJudge
 
 class Slow:
     name, identity = "slow", "slow-1"

@@ -157,12 +157,12 @@ def test_a_crash_between_creation_and_recording_leads_to_no_second_job(server, r
 import os, signal
 from steered_lm.trait_models import openai
 from steered_lm.trait_models.backend import TrainRequest
-real = openai._write
-def dying(file, record):
+real = openai._Record.write
+def dying(record, file):
     if record.job is not None:
         os.kill(os.getpid(), signal.SIGKILL)
-    real(file, record)
-openai._write = dying
+    real(record, file)
+openai._Record.write = dying
 request = TrainRequest.model_validate_json({request_.model_dump_json()!r})
 openai.OpenAIBackend.from_options({ {**FAST, "base_url": server.url}!r}).submit(request, __import__("pathlib").Path({str(folder)!r}))
 """

@@ -17,7 +17,8 @@ from steered_lm.config import content_hash
 from steered_lm.errors import JudgeError
 from steered_lm.judges import make_judge
 from steered_lm.judges.base import EMPTY, PREFERENCE, REFUSAL, Choice, Judge, JudgeRequest, OnVerdict, StreamingJudge, Usage, Verdict
-from steered_lm.judges.cache import CachedJudge, JudgeCache
+from steered_lm.judges.cache import JudgeCache
+from steered_lm.judges.cached import CachedJudge
 from steered_lm.judges.panel import Panel, PanelFile, combine, commonest, majority
 from steered_lm.judges.question import Question
 from steered_lm.persona.load import load_persona
@@ -194,7 +195,8 @@ INTERRUPTED = """
 import sys, time
 from pathlib import Path
 from steered_lm.judges.base import JudgeRequest, Verdict
-from steered_lm.judges.cache import CachedJudge, JudgeCache
+from steered_lm.judges.cache import JudgeCache
+from steered_lm.judges.cached import CachedJudge
 from steered_lm.judges.panel import Panel
 
 class Slow:

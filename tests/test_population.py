@@ -12,7 +12,8 @@ from steered_lm.harness.chat_task import load_tasks
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.harness.population import HarnessObjective, evaluate_choices
 from steered_lm.judges.base import JudgeRequest
-from steered_lm.judges.cache import CachedJudge, JudgeCache
+from steered_lm.judges.cache import JudgeCache
+from steered_lm.judges.cached import CachedJudge
 from steered_lm.judges.stream import is_remote
 from steered_lm.persona.load import load_persona
 from steered_lm.search.protocol import Candidate

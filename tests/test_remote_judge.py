@@ -23,7 +23,8 @@ from fault_server import Answer, FaultServer, fault, guesses, says
 from steered_lm.errors import JudgeError
 from steered_lm.judges.base import JudgeRequest, Usage, Verdict
 from steered_lm.judges.budget import BudgetReached
-from steered_lm.judges.cache import CachedJudge, JudgeCache, request_key
+from steered_lm.judges.cache import JudgeCache
+from steered_lm.judges.cached import CachedJudge, request_key
 from steered_lm.judges.limits import retry_after, until_refilled
 from steered_lm.judges.openai import OpenAIJudge
 from steered_lm.judges.question import Question
@@ -483,7 +484,8 @@ def test_two_thousand_judgements_among_faults_are_all_there_and_all_right(tmp_pa
 KILLED = """
 import json, sys
 from steered_lm.judges.base import JudgeRequest
-from steered_lm.judges.cache import CachedJudge, JudgeCache
+from steered_lm.judges.cache import JudgeCache
+from steered_lm.judges.cached import CachedJudge
 sys.path.insert(0, sys.argv[1])
 from test_remote_judge import COUNT, STORM, make, requests
 

@@ -3,13 +3,13 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from html_page import Page, numbers_in
 from report_data import TARGET, TRAITS, minimal, null_result, realistic, scored, with_missing
 
 from steered_lm.errors import RunError
@@ -24,46 +24,8 @@ def words(data: ReportData) -> str:
     return " ".join([said.title, *(s.text for s in said.sentences)])
 
 
-def numbers_in(value: Any) -> set[float]:
-    if isinstance(value, dict):
-        return set().union(*(numbers_in(v) for v in value.values()), set())
-    if isinstance(value, (list, tuple)):
-        return set().union(*(numbers_in(v) for v in value), set())
-    return {float(value)} if isinstance(value, (int, float)) and not isinstance(value, bool) else set()
-
-
-class Loads(HTMLParser):
-    """Collects whatever a browser would fetch, and the visible text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fetched: list[str] = []
-        self.links: list[str] = []
-        self.tags: list[str] = []
-        self.text: list[str] = []
-        self._hidden = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self._hidden = tag in ("script", "style")
-        for name, value in attrs:
-            if name in ("src", "srcset", "data", "poster", "action") or (name == "href" and tag != "a"):
-                self.fetched.append(f"{tag} {name}={value}")
-            elif name == "href":
-                self.links.append(value or "")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden = False
-
-    def handle_data(self, data: str) -> None:
-        if not self._hidden:
-            self.text.append(data)
-
-
-def parsed(page: Path) -> Loads:
-    found = Loads()
-    found.feed(page.read_text(encoding="utf-8"))
-    return found
+def parsed(page: Path) -> Page:
+    return Page(page.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +174,7 @@ def test_missing_verdicts_are_dropped_pairwise_counted_and_visible(rendered: Pat
     prompted = analysis.against("prompted persona", "unsteered")
     assert prompted is not None
     assert (prompted.difference.n, prompted.difference.missing) == (11, 1)
-    text = " ".join("".join(parsed(rendered).text).split())
+    text = parsed(rendered).words
     assert "prompted persona 1," in text
     assert "empty reply: 1" in text
 
@@ -296,7 +258,7 @@ def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
 
 
 def test_the_least_report_still_renders_and_says_what_is_not_there(tmp_path: Path) -> None:
-    text = " ".join("".join(parsed(render(minimal(), tmp_path).html).text).split())
+    text = parsed(render(minimal(), tmp_path).html).words
     for part in (
         "there is no verdict on steering",
         "there is nothing to compare",

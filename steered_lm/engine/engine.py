@@ -15,11 +15,13 @@ from steered_lm.engine.adapters import Adapters
 from steered_lm.engine.forward import Forward
 from steered_lm.engine.gemm import Gemm, onednn_linear
 from steered_lm.engine.generate import Population
-from steered_lm.engine.memory import Demand, Footprint, fit_generation, fit_scoring, free_bytes, mebibytes
+from steered_lm.engine.generation_plan import Demand, fit_generation
+from steered_lm.engine.memory import Footprint, free_bytes, mebibytes
 from steered_lm.engine.plain import generate_plain, score_plain
 from steered_lm.engine.report import EngineReport
 from steered_lm.engine.rows import Generated, GenerationRow, Scored, ScoreRequest
 from steered_lm.engine.score import TreeScorer
+from steered_lm.engine.scoring_plan import fit_scoring
 from steered_lm.engine.sites import SpecSites
 from steered_lm.engine.stops import Stops
 from steered_lm.engine.support import Support, inspect_adapters, inspect_model

@@ -4,48 +4,26 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from steered_lm.engine.adapters import Adapters, Group, by_adapter
+from steered_lm.engine.adapters import Adapters, Group
 from steered_lm.engine.attention import SharedPrompts, reading
 from steered_lm.engine.cache import EngineCache
-from steered_lm.engine.forward import Fork, Forward
+from steered_lm.engine.forward import Forward
+from steered_lm.engine.generation_plan import GenerationPlan, columns
+from steered_lm.engine.prompts import FinishedPrompts, PromptPasses
+from steered_lm.engine.roster import Prompt, Roster
 from steered_lm.engine.rows import Ended, Generated, GenerationRow
 from steered_lm.engine.sampling import Sampler
 from steered_lm.engine.sites import PassTable, SpecSites
 from steered_lm.engine.stops import Stops
 from steered_lm.steering.hooks import Table
 
-# A prompt, and the number of its adapter: with another one it has other keys and values, from the first block on.
-_Prompt = tuple[tuple[int, ...], int]
 # A prompt, and whether it is steered.
-_Key = tuple[_Prompt, bool]
-
-# Fewer common tokens than this are not worth a pass of their own.
-_PREFIX = 8
-# Columns that the cache may drift before its contents are moved back.
-_SLACK = 32
-
-
-class GenerationPlan(NamedTuple):
-    """How much runs at once.
-
-    Attributes:
-        rows: most rows in a step.
-        prompt_tokens: most tokens, rows times width after the common beginning, in a pass over prompts.
-        prefixes: whether the tokens that all prompts begin with run on their own.
-        shared: in how many blocks, from the first on, rows read one copy of their prompt (:class:`SharedPrompts`): all of them when nothing of
-            the prompts is steered but their last token, else those up to the first steered one.
-    """
-
-    rows: int
-    prompt_tokens: int
-    prefixes: bool = True
-    shared: int = 0
+_Key = tuple[Prompt, bool]
 
 
 @dataclass
@@ -76,22 +54,6 @@ class _Batch:
     groups: list[Group] = field(default_factory=list)
 
 
-class _Prompts(NamedTuple):
-    """Prompts that have run.
-
-    Attributes:
-        logits: next-token scores, a row each.
-        cache: keys and values, a row a prompt up to the fork, and a row each above it.
-        mask: which columns are tokens, a row a prompt.
-        sequence: which prompt each row has.
-    """
-
-    logits: Float[Tensor, "rows vocab"]
-    cache: EngineCache
-    mask: Int[Tensor, "prompts columns"]
-    sequence: Int[Tensor, " rows"]
-
-
 class Population:
     """One run over rows that share prompts, specs, or nothing."""
 
@@ -120,18 +82,15 @@ class Population:
             done: is told each row's continuation as soon as it is complete.
             adapters: is told which row of a pass has which adapter; None when rows name none, or all the same.
         """
-        self._forward, self._sites, self._tables, self._plan = forward, sites, tables, plan
+        self._forward, self._tables, self._plan, self._adapters = forward, tables, plan, adapters
         self._rows, self._stops, self._done = rows, stops, done
-        self._numbers = torch.tensor(numbers, dtype=torch.int64)
-        self._adapters, self._names = adapters, sorted({row.adapter or "" for row in rows})
-        self._adapter = [self._names.index(row.adapter or "") for row in rows]
-        self._split = torch.tensor([len(row.tokens) - 1 for row in rows])
+        self._roster = Roster(rows, sites, numbers, forward.device)
+        self._prompts = PromptPasses(forward, self._roster, tables, plan, adapters)
         self._written: list[list[int]] = [[] for _ in rows]
         self._blocks = len(forward.blocks)
         # with every block sharing prompts, what the rows' own cache holds begins with the prompt's last token
         self._whole = plan.shared == self._blocks
         self._before = 0 if self._whole else max(len(row.tokens) for row in rows)
-        self._common = common_prefix(list({row.tokens: None for row in rows})) if plan.prefixes else 0
         self.cost = GenerationCost()
 
     def run(self, vocabulary: int) -> None:
@@ -139,7 +98,7 @@ class Population:
         rows, plan = self._rows, self._plan
         sampler = Sampler(rows, vocabulary, self._forward.device)
         # rows of one prompt stay together, so that it runs once for as many of them as fit; long ones first
-        waiting = sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), *self._prompt(i), self._sites.early[self._numbers[i]]), reverse=True)
+        waiting = sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), *self._roster.prompt(i), self._roster.early(i)), reverse=True)
         slots = min(len(rows), plan.rows)
         assert self._whole or not plan.shared or slots == len(rows), "prompts are shared in part only when all rows come at once"
         capacity = columns(rows, slots, shared=self._whole)
@@ -163,12 +122,12 @@ class Population:
     def _refill(self, batch: _Batch, rows: list[int], sampler: Sampler) -> None:
         if not batch.rows:
             batch.cache.columns.low = batch.cache.columns.end = self._before
-        for part in self._parts(rows):
+        for part in self._prompts.parts(rows):
             self.cost.prompt_passes += 1
             if self._whole:
                 self._share(batch, part)
                 continue
-            prompts = self._prompts(part)
+            prompts = self._prompts.run(part)
             tokens, broken = sampler.choose(prompts.logits, part)
             kept = [place for place, row in enumerate(part) if not self._append(row, tokens[place], broken[place])]
             self.cost.cache_bytes = max(self.cost.cache_bytes, batch.cache.nbytes + prompts.cache.nbytes)
@@ -176,42 +135,9 @@ class Population:
                 self._admit(batch, prompts, part, kept, tokens)
         self._settle(batch, list(range(len(batch.rows))))
 
-    def _parts(self, rows: Sequence[int]) -> list[list[int]]:
-        """Split rows into passes: those whose prompts are steered apart from those that share theirs whole, none wider than the plan allows."""
-        parts: list[list[int]] = []
-        for early in (False, True):
-            part: list[int] = []
-            width, sequences = 0, set[_Prompt]()
-            for row in (row for row in rows if self._sites.early[self._numbers[row]] is early):
-                prompt = self._prompt(row)
-                size = (len(part) + 1 if early else len(sequences | {prompt})) * (max(width, len(prompt[0])) - self._common)
-                if part and size > self._plan.prompt_tokens:
-                    parts.append(part)
-                    part, width, sequences = [], 0, set()
-                part.append(row)
-                width, sequences = max(width, len(prompt[0])), sequences | {prompt}
-            if part:
-                parts.append(part)
-        return parts
-
-    def _prompts(self, rows: Sequence[int]) -> _Prompts:
-        prompts = list(dict.fromkeys(self._prompt(row) for row in rows))
-        place = {prompt: i for i, prompt in enumerate(prompts)}
-        sequence = torch.tensor([place[self._prompt(row)] for row in rows])
-        prefix = self._prefix(prompts)
-        if len(prompts) < len(rows) and not self._sites.early[self._numbers[rows[0]]]:
-            return self._shared_prompts(rows, prompts, sequence, prefix)
-        return self._own_prompts(rows, prompts, sequence, prefix)
-
-    def _prompt(self, row: int) -> _Prompt:
-        return self._rows[row].tokens, self._adapter[row]
-
-    def _prefix(self, prompts: Sequence[_Prompt]) -> int:
-        return common_prefix(list({tokens: None for tokens, _ in prompts})) if self._plan.prefixes else 0
-
     def _key(self, row: int) -> _Key:
         """Return what rows have to have in common to read one copy of a prompt."""
-        return self._prompt(row), self._sites.early[self._numbers[row]] and not self._whole
+        return self._roster.prompt(row), self._roster.early(row) and not self._whole
 
     def _share(self, batch: _Batch, rows: Sequence[int]) -> None:
         """Run prompts but for their last token, which is each row's first step, and keep one copy of each."""
@@ -219,11 +145,11 @@ class Population:
         assert shared is not None, "every block shares prompts"
         read = sorted({batch.prompts[self._key(row)] for row in batch.rows})
         kept = {key: read.index(number) for key, number in batch.prompts.items() if number in read}
-        new = [prompt for prompt in dict.fromkeys(self._prompt(row) for row in rows) if (prompt, False) not in kept]
+        new = [prompt for prompt in dict.fromkeys(self._roster.prompt(row) for row in rows) if (prompt, False) not in kept]
         cache: EngineCache | None = None
         mask: Tensor | None = None
         if new:
-            cache, mask = self._unsteered(new, self._prefix(new))
+            cache, mask = self._prompts.unsteered(new)
             self.cost.cache_bytes = max(self.cost.cache_bytes, batch.cache.nbytes + shared.nbytes + cache.nbytes)
         shared.replace(read, cache, mask)
         batch.prompts = kept | {(prompt, False): len(read) + number for number, prompt in enumerate(new)}
@@ -235,83 +161,7 @@ class Population:
             batch.feed.append(tokens[-1])
             batch.positions.append(len(tokens) - 1)
 
-    def _unsteered(self, prompts: list[_Prompt], prefix: int) -> tuple[EngineCache, Tensor]:
-        """Run prompts but for their last token through all blocks, without steering, with room for that token."""
-        ids, mask, positions = _padded([tokens[prefix:-1] for tokens, _ in prompts], prefix, self._forward.device)
-        cache = EngineCache(self._blocks, prefix + ids.shape[1] + 1)
-        self._tables.clear()
-        if prefix:
-            cache.select(self._run_prefix(prompts, prefix, cache), range(self._blocks))
-        if ids.shape[1]:
-            self._adapt([adapter for _, adapter in prompts])
-            self._forward.last(ids, mask, positions, cache)
-        return cache, mask
-
-    def _shared_prompts(self, rows: Sequence[int], prompts: list[_Prompt], sequence: Tensor, prefix: int) -> _Prompts:
-        """Nothing is steered before the last prompt token: all that precedes it runs once per prompt, through every block."""
-        cache, mask = self._unsteered(prompts, prefix)
-        if cache.columns.visible:
-            cache.select(sequence, range(self._sites.fork + 1, self._blocks))
-        last = torch.tensor([[tokens[-1]] for tokens, _ in prompts], device=mask.device)
-        place = torch.tensor([[len(tokens) - 1] for tokens, _ in prompts], device=mask.device)
-        mask = torch.cat([mask, torch.ones_like(last)], dim=1)
-        self._steer(rows, place[sequence])
-        self._adapt([adapter for _, adapter in prompts], [self._adapter[row] for row in rows])
-        logits = self._forward.last(last, mask, place, cache, Fork(self._sites.fork, sequence))
-        return _Prompts(logits, cache, mask, sequence)
-
-    def _own_prompts(self, rows: Sequence[int], prompts: list[_Prompt], sequence: Tensor, prefix: int) -> _Prompts:
-        """Prompts are steered, or a row's alone: blocks up to the first steered one run once per prompt, the others once per row."""
-        ids, mask, positions = _padded([tokens[prefix:] for tokens, _ in prompts], prefix, self._forward.device)
-        cache = EngineCache(self._blocks, prefix + ids.shape[1])
-        fork = Fork(self._sites.fork, sequence) if len(prompts) < len(rows) else None
-        self._tables.clear()
-        if prefix and self._sites.early[self._numbers[rows[0]]]:
-            pairs = torch.stack([torch.tensor([self._adapter[row] for row in rows]), self._numbers[list(rows)]], dim=1)
-            kinds, of_row = pairs.unique(dim=0, return_inverse=True)
-            where = torch.arange(prefix).expand(len(kinds), prefix)
-            self._tables.update(self._sites.tables(kinds[:, 1], torch.full((len(kinds),), prefix), where))
-            cache.select(self._run_prefix(prompts, prefix, cache, kinds[:, 0].tolist()), range(self._sites.fork + 1))
-            cache.select(of_row, range(self._sites.fork + 1, self._blocks))
-        elif prefix:
-            cache.select(self._run_prefix(prompts, prefix, cache), range(self._blocks))
-        real = mask[:, prefix:] > 0
-        self._steer(rows, torch.where(real, positions, -1)[sequence.to(real.device)])
-        self._adapt([adapter for _, adapter in prompts], [self._adapter[row] for row in rows])
-        logits = self._forward.last(ids, mask, positions, cache, fork)
-        return _Prompts(logits, cache, mask, sequence)
-
-    def _run_prefix(self, prompts: Sequence[_Prompt], prefix: int, cache: EngineCache, kinds: Sequence[int] | None = None) -> Tensor:
-        """Run what all prompts begin with, once per adapter, and return which of these sequences each prompt continues.
-
-        Args:
-            prompts: the prompts.
-            prefix: how many tokens they begin with.
-            cache: where keys and values go.
-            kinds: in ascending order the adapters of the rows that part ways at the fork; None when none do.
-        """
-        own = sorted({adapter for _, adapter in prompts})
-        ids = torch.tensor([prompts[0][0][:prefix]] * len(own), device=self._forward.device)
-        positions = torch.arange(prefix, device=ids.device).expand(len(own), prefix)
-        fork = None if kinds is None else Fork(self._sites.fork, torch.tensor([own.index(adapter) for adapter in kinds]))
-        self._adapt(own, kinds or own)
-        self._forward.last(ids, torch.ones_like(ids), positions, cache, fork)
-        return torch.tensor([own.index(adapter) for _, adapter in prompts])
-
-    def _adapt(self, sequences: Sequence[int], rows: Sequence[int] = ()) -> None:
-        """Tell the layers each sequence's adapter for the next pass, and each row's behind its fork; as many rows as sequences are the same ones."""
-        if self._adapters is not None:
-            self._adapters.passing = {len(entries): self._groups(entries) for entries in (sequences, rows)}
-
-    def _groups(self, entries: Sequence[int]) -> list[Group]:
-        return by_adapter([self._names[adapter] for adapter in entries], self._forward.device)
-
-    def _steer(self, rows: Sequence[int], positions: Tensor) -> None:
-        chosen = torch.tensor(list(rows))
-        self._tables.clear()
-        self._tables.update(self._sites.tables(self._numbers[chosen], self._split[chosen], positions))
-
-    def _admit(self, batch: _Batch, prompts: _Prompts, part: Sequence[int], kept: Sequence[int], tokens: Sequence[int]) -> None:
+    def _admit(self, batch: _Batch, prompts: FinishedPrompts, part: Sequence[int], kept: Sequence[int], tokens: Sequence[int]) -> None:
         chosen, first = torch.tensor(kept), len(batch.rows)
         slots, width = slice(first, first + len(kept)), prompts.mask.shape[1]
         end = batch.cache.columns.end
@@ -321,7 +171,7 @@ class Population:
             batch.shared.replace(range(known), prompts.cache, prompts.mask)
             batch.prompts |= {self._key(part[place]): known + int(number) for place, number in zip(kept, of_prompt, strict=True)}
         # up to the fork a row takes its prompt's keys and values, above it its own
-        indices = [of_prompt if block <= self._sites.fork else chosen for block in range(self._blocks)]
+        indices = [of_prompt if block <= self._roster.sites.fork else chosen for block in range(self._blocks)]
         batch.cache.admit(prompts.cache, slots, indices, self._plan.shared)
         batch.mask[slots] = 0
         batch.mask[slots, end - width : end] = prompts.mask[of_prompt.to(prompts.mask.device)]
@@ -382,9 +232,8 @@ class Population:
             batch.cache.columns.low = min(batch.starts)
             if batch.shared is not None:
                 batch.shared.assign([batch.prompts[self._key(row)] for row in batch.rows])
-            chosen = torch.tensor(batch.rows)
-            batch.tables = self._sites.tables(self._numbers[chosen], self._split[chosen], torch.zeros(count, 1, dtype=torch.int64))
-            batch.groups = self._groups([self._adapter[row] for row in batch.rows]) if self._adapters is not None else []
+            batch.tables = self._roster.tables(batch.rows, torch.zeros(count, 1, dtype=torch.int64))
+            batch.groups = self._roster.groups([self._roster.adapters[row] for row in batch.rows]) if self._adapters is not None else []
 
     def _rebase(self, batch: _Batch) -> None:
         columns, live = batch.cache.columns, len(batch.rows)
@@ -405,32 +254,3 @@ class Population:
         if ended is not None:
             self._done(row, Generated(tuple(written), ended))
         return ended is not None
-
-
-def columns(rows: Sequence[GenerationRow], slots: int, *, shared: bool = False) -> int:
-    """Return how many columns the cache of a run needs when ``slots`` rows run at once; with shared prompts, of which only the last token counts."""
-    widest, longest = 1 if shared else max(len(row.tokens) for row in rows), max(row.max_new_tokens for row in rows)
-    return widest + longest + (_SLACK if len(rows) > slots else 0)
-
-
-def _padded(sequences: Sequence[Sequence[int]], prefix: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ids ``[sequences, width]`` padded on the left, a mask that also covers ``prefix`` columns before them, and positions."""
-    width = max(map(len, sequences))
-    ids, positions = torch.zeros(len(sequences), width, dtype=torch.int64), torch.zeros(len(sequences), width, dtype=torch.int64)
-    mask = torch.ones(len(sequences), prefix + width, dtype=torch.int64)
-    for row, tokens in enumerate(sequences):
-        gap = width - len(tokens)
-        ids[row, gap:] = torch.tensor(tokens, dtype=torch.int64)
-        positions[row, gap:] = torch.arange(prefix, prefix + len(tokens))
-        mask[row, prefix : prefix + gap] = 0
-    return ids.to(device), mask.to(device), positions.to(device)
-
-
-def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Return how many tokens several prompts begin with, leaving each at least one more; 0 when they are not worth a pass of their own."""
-    if len(prompts) < 2:
-        return 0
-    low, high = min(prompts), max(prompts)
-    limit = min(map(len, prompts)) - 1
-    common = next((i for i in range(limit) if low[i] != high[i]), limit)
-    return common if common >= _PREFIX else 0

@@ -51,6 +51,11 @@ class ChatTask(ConfigurableTask):
         """The task's name. Upstream's property draws from the global random generator at each call."""
         return str(self.config.task)
 
+    @property
+    def only_predicting(self) -> bool:
+        """Whether responses are only to be written (``--predict_only``), so that nothing is judged."""
+        return "bypass" in self._metric_fn_list
+
     def fewshot_context(
         self, doc: dict[str, Any], num_fewshot: int = 0, system_instruction: str | None = None, apply_chat_template: bool = False, **kwargs: Any
     ) -> str:

@@ -60,7 +60,7 @@ class LampTask(ChatTask):
         Raises:
             JudgeError: when more verdicts are missing than ``missing_limit`` allows.
         """
-        if self.judge is None or "bypass" in self._metric_fn_list:
+        if self.judge is None or self.only_predicting:
             filtered: list[Instance] | None = super().apply_filters()
             return filtered
         # Data-parallel runs pad the requests, so an instance can hold more responses than were asked for.

@@ -112,7 +112,7 @@ class PersonaJudgeTask(ChatTask):
         Raises:
             JudgeError: when more verdicts are missing than ``missing_limit`` allows.
         """
-        if self._only_predicting:
+        if self.only_predicting:
             filtered: list[Instance] | None = super().apply_filters()
             return filtered
         # Data-parallel runs pad the requests, so an instance can hold more responses than were asked for.
@@ -130,10 +130,6 @@ class PersonaJudgeTask(ChatTask):
         for instance, response, verdict in zip(self.instances, responses, self.verdicts, strict=True):
             instance.filtered_resps["none"] = json.dumps({**verdict.model_dump(), "words": len(response.split())}, ensure_ascii=False)
         return None
-
-    @property
-    def _only_predicting(self) -> bool:
-        return "bypass" in self._metric_fn_list
 
     def item_metrics(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         """Return the document's metrics; a missing verdict leaves ``persona_fit`` out, and all missing make it NaN."""

@@ -75,7 +75,7 @@ class TraitTask(ChatTask):
         Raises:
             JudgeError: when there is no judge, unless responses are only to be written (``--predict_only``).
         """
-        if self.judges is None and not self._only_predicting:
+        if self.judges is None and not self.only_predicting:
             raise judge_needed(self.task_name)
         super().build_all_requests(**kwargs)
 
@@ -85,7 +85,7 @@ class TraitTask(ChatTask):
         Raises:
             JudgeError: when more verdicts are missing than ``missing_limit`` allows.
         """
-        if self._only_predicting:
+        if self.only_predicting:
             filtered: list[Instance] | None = super().apply_filters()
             return filtered
         assert self.judges is not None
@@ -105,10 +105,6 @@ class TraitTask(ChatTask):
         for instance, judged in zip(self.instances, self.judged, strict=True):
             instance.filtered_resps["none"] = json.dumps([one.record() for one in judged], ensure_ascii=False)
         return None
-
-    @property
-    def _only_predicting(self) -> bool:
-        return "bypass" in self._metric_fn_list
 
     def item_metrics(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         """Return the question's metrics; one without a value is left out, but NaN when no question has a value. What is not judged is left out."""

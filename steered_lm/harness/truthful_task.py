@@ -78,7 +78,7 @@ class TruthfulTask(UpstreamTask):
         Raises:
             JudgeError: when more verdicts are missing than ``missing_limit`` allows.
         """
-        if not self.judges or "bypass" in self._metric_fn_list:
+        if not self.judges or self.only_predicting:
             filtered: list[Instance] | None = super().apply_filters()
             return filtered
         responses = [str(instance.resps[0]) for instance in self.instances]
@@ -95,7 +95,7 @@ class TruthfulTask(UpstreamTask):
 
     def item_metrics(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         """Return upstream's metrics and ours; a missing verdict leaves out what depends on it, and a metric without any score is NaN."""
-        if not self.judges or "bypass" in self._metric_fn_list:
+        if not self.judges or self.only_predicting:
             return super().item_metrics(doc, results)
         logged = json.loads(results[0])
         metrics = super().item_metrics(doc, [logged["response"]])

@@ -79,7 +79,8 @@ def make_judge(name: str, subject: "Persona | Question", *, cache: Path | str | 
         ) from problem
     judge: Judge = loaded.for_question(question, **options)
     if cache is not None:
-        from steered_lm.judges.cache import CachedJudge, JudgeCache
+        from steered_lm.judges.cache import JudgeCache
+        from steered_lm.judges.cached import CachedJudge
 
         judge = CachedJudge(judge, JudgeCache(Path(cache)))
     if question.kind == "pairwise":

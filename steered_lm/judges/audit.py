@@ -136,7 +136,7 @@ def estimate_usage(judge: Judge, requests: Sequence[JudgeRequest]) -> Usage | No
 
 def beside_cache(judge: Judge) -> Judge:
     """Return the judge without the caches that it, or each member of a panel, may be wrapped in, so that it is asked anew."""
-    from steered_lm.judges.cache import CachedJudge
+    from steered_lm.judges.cached import CachedJudge
     from steered_lm.judges.panel import Panel
 
     if isinstance(judge, BothOrders):

@@ -5,22 +5,18 @@ What is particular to one API is in its adapter (:mod:`steered_lm.judges.adapter
 
 import asyncio
 import logging
-import random
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self
-
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from steered_lm.config import content_hash
 from steered_lm.errors import JudgeError
-from steered_lm.judges.adapter import Api, Ask, GarbageError, RefusedError, Reply, Turn, UnreachableError, Way
+from steered_lm.judges.adapter import Api, Turn, Way
 from steered_lm.judges.answers import SPLIT, Answer, read
+from steered_lm.judges.attempts import ANSWER_TOKENS, Attempts, Failure, Hold, OutOfBudgetError, Tally
 from steered_lm.judges.base import EMPTY, JudgeRequest, Mode, OnVerdict, Usage, Verdict
 from steered_lm.judges.budget import Budget, Tokens
 from steered_lm.judges.endpoint import Endpoint
-from steered_lm.judges.limits import retry_after, until_refilled
 from steered_lm.judges.loop import run
 from steered_lm.judges.question import Question
 
@@ -38,7 +34,6 @@ _FATAL = {
 }
 _REFUSED = (400, 422)
 _FAILURES_IN_A_ROW = 8
-_ANSWER_TOKENS: Mapping[Mode, int] = {"logprobs": 1, "json": 60, "text": 60}  # for estimates: a score, or a sentence and a score
 _SHOWN = 500  # characters of a text from outside that are kept
 
 
@@ -64,6 +59,7 @@ class RemoteJudge:
         self._endpoint, self._question = endpoint, question
         self._key = endpoint.key(name)
         self._budget = Budget(endpoint)
+        self._hold = Hold()
         self._learnt = _Learnt(Way(self.api.ladder[0] if endpoint.mode == "auto" else endpoint.mode))
         asked = {"model": endpoint.model, "base_url": endpoint.base_url, "mode": endpoint.mode, "question": question.digest}
         self._identity = content_hash({"judge": name, "version": VERSION, **asked})
@@ -100,7 +96,7 @@ class RemoteJudge:
         system = len(self._question.system(token=mode == "logprobs"))
         total = Tokens()
         for text in texts:
-            total = total.plus(Tokens.estimated(system + len(text), _ANSWER_TOKENS[mode]))
+            total = total.plus(Tokens.estimated(system + len(text), ANSWER_TOKENS[mode]))
         return self._endpoint.usage(len(texts), total)
 
     def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
@@ -135,32 +131,10 @@ class _Learnt:
     Attributes:
         way: how it is asked first.
         sure: whether that has worked, so that a refusal is about the request and not about the way.
-        hold_until: when it takes requests again, on the monotonic clock.
     """
 
     way: Way
     sure: bool = False
-    hold_until: float = 0.0
-
-
-class _Failure(NamedTuple):
-    """A request without an answer: the reason in words that repeat, the HTTP status, the endpoint's own message."""
-
-    reason: str
-    status: int = 0
-    message: str = ""
-
-
-class _OutOfBudgetError(Exception):
-    """No further attempt fits; the argument is the limit."""
-
-
-@dataclass
-class _Tally:
-    """What one verdict took."""
-
-    attempts: int = 0
-    tokens: Tokens = field(default_factory=Tokens)
 
 
 class _Batch:
@@ -168,7 +142,7 @@ class _Batch:
 
     def __init__(self, judge: RemoteJudge, requests: Sequence[JudgeRequest], on_verdict: OnVerdict) -> None:
         self._api, self._endpoint, self._key, self._name = judge.api, judge._endpoint, judge._key, judge.name
-        self._budget, self._learnt = judge._budget, judge._learnt
+        self._budget, self._hold, self._learnt = judge._budget, judge._hold, judge._learnt
         self._rubric = judge._question.rubric
         self._systems: dict[Mode, str] = {mode: judge._question.system(token=mode == "logprobs") for mode in self._api.ladder}
         # before anything is sent: a request that lacks a part is the caller's mistake
@@ -176,65 +150,62 @@ class _Batch:
         self._on_verdict = on_verdict
         self._verdicts: dict[int, Verdict] = {}
         self._failures = 0
-        self._reached: str | None = None
-        self._settled = asyncio.Event()
-        self._jitter = random.Random()  # its own: waiting must not move anyone's seeded generator
 
     async def ask_all(self) -> list[Verdict]:
         """Ask for every request; the first fatal answer cancels the rest, a budget that is reached lets what is under way end."""
         todo = iter(enumerate(self._users))
         async with self._api.connect(self._endpoint, self._key) as ask:
-            workers = [asyncio.create_task(self._work(ask, todo)) for _ in range(min(self._endpoint.concurrency, len(self._users)))]
+            attempts = Attempts(ask, self._endpoint, self._key, self._budget, self._hold, self._name)
+            workers = [asyncio.create_task(self._work(attempts, todo)) for _ in range(min(self._endpoint.concurrency, len(self._users)))]
             try:
                 await asyncio.gather(*workers)
             finally:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
-        if self._reached is not None:
-            raise self._budget.reached(self._reached, self._name, len(self._verdicts), len(self._users))
+        if attempts.reached is not None:
+            raise self._budget.reached(attempts.reached, self._name, len(self._verdicts), len(self._users))
         return [self._verdicts[index] for index in range(len(self._users))]
 
-    async def _work(self, ask: Ask, todo: Iterator[tuple[int, str | None]]) -> None:
+    async def _work(self, attempts: Attempts, todo: Iterator[tuple[int, str | None]]) -> None:
         for index, user in todo:
             try:
-                verdict = await self._one(ask, user)
-            except _OutOfBudgetError as stop:
-                self._reached = str(stop)
+                verdict = await self._one(attempts, user)
+            except OutOfBudgetError:
                 return
             self._verdicts[index] = verdict
             self._on_verdict(index, verdict)
-            if self._reached is not None:
+            if attempts.reached is not None:
                 return
 
-    async def _one(self, ask: Ask, user: str | None) -> Verdict:
+    async def _one(self, attempts: Attempts, user: str | None) -> Verdict:
         """Return the verdict on one request."""
         if user is None:
             return self._missing(EMPTY)
         if self._failures >= _FAILURES_IN_A_ROW:
             return self._missing(f"not asked, as {_FAILURES_IN_A_ROW} requests in a row had failed")
-        tally = _Tally()
+        tally = Tally()
         way: Way | None = self._learnt.way
         while way is not None:  # until the endpoint takes a way, or refuses the last one
             used = way
-            answer = await self._attempts(ask, Turn(self._systems[used.mode], user, self._rubric.answer_schema, used), tally)
+            answer = await attempts.ask(Turn(self._systems[used.mode], user, self._rubric.answer_schema, used), tally)
             way = self._less(used, answer)
         usage = self._endpoint.usage(tally.attempts, tally.tokens)
-        if isinstance(answer, _Failure):
+        if isinstance(answer, Failure):
             return self._failed(answer, usage)
         self._failures = 0
         return self._read(answer, used, usage)
 
-    def _less(self, way: Way, answer: Answer | _Failure) -> Way | None:
+    def _less(self, way: Way, answer: Answer | Failure) -> Way | None:
         """Return the way to try after one that the endpoint does not take; None when it took it, or nothing is left to try."""
-        if isinstance(answer, _Failure):
+        if isinstance(answer, Failure):
             if answer.status not in _REFUSED:
                 return None
         elif way.mode != "logprobs" or answer.refused or answer.cut == "content_filter" or self._first_token_tells(answer):
             return None
         if self._learnt.sure:
             return None if way == self._learnt.way else self._learnt.way
-        if isinstance(answer, _Failure):
+        if isinstance(answer, Failure):
             for parameter in self._api.droppable:
                 if parameter in answer.message and parameter not in way.dropped:
                     return way._replace(dropped=way.dropped | {parameter})
@@ -258,7 +229,7 @@ class _Batch:
                 _log.info("judge %s: the endpoint does not take %s", self._name, ", ".join(sorted(way.dropped)))
         return reading.verdict(self._rubric, self._name, mode, usage)
 
-    def _failed(self, failure: _Failure, usage: Usage) -> Verdict:
+    def _failed(self, failure: Failure, usage: Usage) -> Verdict:
         if failure.status in _FATAL:
             advice = _FATAL[failure.status].format(key_env=self._endpoint.key_env)
             raise JudgeError(f"judge {self._name} at {self._endpoint.base_url}: HTTP {failure.status}, {advice}.")
@@ -268,88 +239,3 @@ class _Batch:
 
     def _missing(self, reason: str, text: str = "", usage: Usage | None = None) -> Verdict:
         return Verdict(missing=reason, scale=self._rubric.bounds, explanation=text[:_SHOWN], judge=self._name, usage=usage)
-
-    async def _attempts(self, ask: Ask, turn: Turn, tally: _Tally) -> Answer | _Failure:
-        limit = self._endpoint
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(limit.attempts),
-            retry=retry_if_exception(self._worth_retrying),
-            wait=self._wait,
-            before_sleep=self._say,
-            reraise=True,
-        )
-        try:
-            reply: Reply = await retrying(self._once, ask, turn, tally)
-            return reply.answer._replace(text=self._key.redacted(reply.answer.text))
-        except RefusedError as problem:
-            return _Failure(f"HTTP {problem.status}", problem.status, self._key.redacted(problem.message))
-        except TimeoutError:
-            return _Failure(f"no answer within {limit.timeout:g} s, {limit.attempts} attempts")
-        except UnreachableError as problem:
-            return _Failure(f"no connection to {limit.base_url}, {limit.attempts} attempts", message=self._key.redacted(str(problem)))
-        except GarbageError as problem:
-            return _Failure("garbage instead of an answer", message=self._key.redacted(str(problem)))
-
-    async def _once(self, ask: Ask, turn: Turn, tally: _Tally) -> Reply:
-        expected = Tokens.estimated(len(turn.system) + len(turn.user), _ANSWER_TOKENS[turn.way.mode])
-        await self._admit(expected)
-        tally.attempts += 1
-        counted: Tokens | None = None
-        try:
-            async with asyncio.timeout(self._endpoint.timeout):
-                reply = await ask(turn)
-            if (usage := reply.answer.usage) is not None:
-                counted = Tokens(usage.input_tokens, usage.output_tokens)
-                tally.tokens = tally.tokens.plus(counted)
-            self._hold(until_refilled(reply.headers))
-            return reply
-        except RefusedError as problem:
-            counted = Tokens()
-            if self._worth_retrying(problem):
-                self._hold(max(retry_after(problem.headers) or 0.0, until_refilled(problem.headers)))
-            raise
-        except UnreachableError:
-            counted = Tokens()
-            raise
-        finally:
-            self._budget.settle(expected, counted)
-            self._settled.set()  # wakes who waits now, and only them
-            self._settled.clear()
-
-    async def _admit(self, expected: Tokens) -> None:
-        """Wait until the endpoint takes requests again and the budget has room for one more, and enter it there."""
-        while True:
-            left = self._learnt.hold_until - time.monotonic()
-            if left > 0:
-                await asyncio.sleep(left + self._jitter.uniform(0.0, 0.1) * min(left, 1.0))  # not all in one moment
-                continue
-            limit = self._reached or self._budget.passed_by(expected)
-            if limit is None:
-                return self._budget.enter(expected)
-            if self._reached or limit.startswith("max_requests") or not self._budget.in_flight:
-                raise _OutOfBudgetError(limit)
-            await self._settled.wait()  # what is under way may take less than expected
-
-    def _hold(self, seconds: float) -> None:
-        """Let no request of this judge start for a while: a quota is everybody's, not only that of the request that met it."""
-        if seconds > 0:
-            until = time.monotonic() + min(seconds, self._endpoint.max_wait)
-            self._learnt.hold_until = max(self._learnt.hold_until, until)
-
-    def _worth_retrying(self, problem: BaseException) -> bool:
-        if isinstance(problem, RefusedError):
-            again = problem.status in (408, 409, 429) or problem.status >= 500
-            return again and (retry_after(problem.headers) or 0.0) <= self._endpoint.max_wait
-        return isinstance(problem, (UnreachableError, GarbageError, TimeoutError))
-
-    def _wait(self, state: RetryCallState) -> float:
-        """Return the seconds to wait: an exponential backoff with jitter, and at least what the endpoint asks for."""
-        problem = state.outcome.exception() if state.outcome else None
-        asked = retry_after(problem.headers) if isinstance(problem, RefusedError) else None
-        longest = min(self._endpoint.max_wait, self._endpoint.backoff * 2.0 ** (state.attempt_number - 1))
-        return max(asked or 0.0, longest * self._jitter.uniform(0.5, 1.0))
-
-    def _say(self, state: RetryCallState) -> None:
-        problem = state.outcome.exception() if state.outcome else None
-        kind = f"HTTP {problem.status}" if isinstance(problem, RefusedError) else type(problem).__name__
-        _log.info("judge %s: %s at attempt %d, next in %.1f s", self._name, kind, state.attempt_number, state.upcoming_sleep)

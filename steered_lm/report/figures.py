@@ -17,6 +17,7 @@ Json = dict[str, JsonValue]
 # Okabe & Ito's palette: told apart by readers with any common kind of colour vision.
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#007A5A", "#B2528F", "#2E86C1", "#6B7280"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+LEGEND_ABOVE: Json = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0.0}
 ZERO: Json = {"zeroline": True, "zerolinecolor": "#111827", "zerolinewidth": 1.5}
 
 

@@ -7,7 +7,7 @@ from plotly.offline import get_plotlyjs
 
 from steered_lm.config import Config, write_atomic
 from steered_lm.extract.projections import Projections
-from steered_lm.report.figures import BLUE, GREY, ORANGE, Figure, Json
+from steered_lm.report.figures import BLUE, GREY, LEGEND_ABOVE, ORANGE, Figure, Json, style_layout
 from steered_lm.report.page import page_environment
 from steered_lm.report.wording import count
 from steered_lm.stats import Estimate, PairedDifference, spearman_interval
@@ -152,14 +152,4 @@ def _dots(data: MonitorData, x: tuple[float | None, ...], y: tuple[float | None,
 
 def _layout(x: str, y: str) -> Json:
     axis: Json = {"gridcolor": "#E5E7EB", "automargin": True, "fixedrange": True, "zeroline": True, "zerolinecolor": "#9CA3AF"}
-    return {
-        "height": 320,
-        "margin": {"l": 8, "r": 12, "t": 12, "b": 14},
-        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1F2937"},
-        "paper_bgcolor": "#FFFFFF",
-        "plot_bgcolor": "#FFFFFF",
-        "dragmode": False,
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0.0},
-        "xaxis": axis | {"title": {"text": x}},
-        "yaxis": axis | {"title": {"text": y}},
-    }
+    return style_layout(320, x=axis | {"title": {"text": x}}, y=axis | {"title": {"text": y}}) | {"legend": LEGEND_ABOVE}

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from steered_lm.config import write_atomic
 from steered_lm.errors import require
-from steered_lm.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Figure, Json
+from steered_lm.report.figures import BLUE, GREEN, GREY, LEGEND_ABOVE, ORANGE, PURPLE, SKY, Figure, Json, style_layout
 from steered_lm.report.page import page_environment
 from steered_lm.report.wording import count
 from steered_lm.stats import Estimate
@@ -122,19 +122,9 @@ def trait_figure(results: Results, trait: str, name: str) -> Figure:
     ticks: Json = {"tickvals": list(range(len(labels))), "ticktext": labels, "range": [-0.35, len(labels) - 0.65], "showgrid": False}
     dummy = any(one.dummy for one in results.of_trait(trait))
     stamp: Json = {"text": _DUMMY, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "showarrow": False, "font": {"size": 22, "color": "#C9A0A0"}}
-    layout: Json = {
-        "height": 460,
-        "margin": {"l": 8, "r": 12, "t": 12, "b": 14},
-        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1F2937"},
-        "paper_bgcolor": "#FFFFFF",
-        "plot_bgcolor": "#FFFFFF",
-        "dragmode": False,
-        "hovermode": "closest",
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0.0},
-        "xaxis": axis | ticks | {"title": {"text": "strength of the training data"}},
-        "yaxis": axis | {"title": {"text": "mean score, 0 to 100"}, "range": [-2, 102], "tickvals": [0, 20, 40, 60, 80, 100]},
-        "annotations": [stamp] if dummy else [],
-    }
+    x = axis | ticks | {"title": {"text": "strength of the training data"}}
+    y = axis | {"title": {"text": "mean score, 0 to 100"}, "range": [-2, 102], "tickvals": [0, 20, 40, 60, 80, 100]}
+    layout = style_layout(460, x=x, y=y) | {"legend": LEGEND_ABOVE, "annotations": [stamp] if dummy else []}
     lines = ", ".join(line.task.replace("_", " ") for line in _lines(results, trait))
     said = f"Models trained on {trait.replace('_', ' ')}: mean score on {lines}, with 95% intervals over questions."
     return Figure(name=name, alt=f"{_DUMMY}. {said}" if dummy else said, data=drawn, layout=layout)

@@ -6,10 +6,10 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from steered_lm.config import Config, content_hash, read_structured, write_atomic
+from steered_lm.config import content_hash
 from steered_lm.trait_models.backend import JobState, TrainedModel, TrainRequest
 from steered_lm.trait_models.experiment import ExperimentError
-from steered_lm.trait_models.service import BackendOptions
+from steered_lm.trait_models.service import BackendOptions, Record
 
 
 class DummyOptions(BackendOptions):
@@ -24,7 +24,7 @@ class DummyOptions(BackendOptions):
     fail: tuple[str, ...] = ()
 
 
-class _Record(Config):
+class _Record(Record):
     """What the pretended service knows: the request, how often it was asked about it, and whether it was cancelled."""
 
     request: TrainRequest
@@ -61,9 +61,9 @@ class DummyBackend:
     def submit(self, request: TrainRequest, folder: Path) -> str:
         """Write down what is asked for; what an earlier job of the same request left goes on, unless it failed or was cancelled."""
         job = f"dummy-{content_hash(request.model_dump(mode='json', exclude={'data', 'name', 'device'}))[:12]}"
-        earlier = _read(job, folder)
+        earlier = _Record.read(_file(job, folder))
         if earlier is None or self._state(earlier).status in ("failed", "cancelled"):
-            _write(job, folder, _Record(request=request))
+            _Record(request=request).write(_file(job, folder))
         return job
 
     def poll(self, job: str, folder: Path) -> JobState:
@@ -71,14 +71,14 @@ class DummyBackend:
         record = _known(job, folder)
         state = self._state(record)
         if state.status == "running":
-            _write(job, folder, record.model_copy(update={"polls": record.polls + 1}))
+            record.model_copy(update={"polls": record.polls + 1}).write(_file(job, folder))
         return state
 
     def cancel(self, job: str, folder: Path) -> None:
         """Stop the job; one that has ended stays as it is."""
         record = _known(job, folder)
         if self._state(record).status == "running":
-            _write(job, folder, record.model_copy(update={"cancelled": True}))
+            record.model_copy(update={"cancelled": True}).write(_file(job, folder))
 
     def _state(self, record: _Record) -> JobState:
         name, polls = record.request.name, self._options.polls
@@ -103,17 +103,12 @@ def _model(request: TrainRequest) -> TrainedModel:
     )
 
 
-def _read(job: str, folder: Path) -> _Record | None:
-    file = folder / f"{job}.json"
-    return _Record.parse(read_structured(file, error=ExperimentError), source=str(file), error=ExperimentError) if file.is_file() else None
+def _file(job: str, folder: Path) -> Path:
+    return folder / f"{job}.json"
 
 
 def _known(job: str, folder: Path) -> _Record:
-    record = _read(job, folder)
+    record = _Record.read(_file(job, folder))
     if record is None:
         raise ExperimentError(f"dummy job {job!r} is not known in {str(folder)!r}. Train again.")
     return record
-
-
-def _write(job: str, folder: Path, record: _Record) -> None:
-    write_atomic(folder / f"{job}.json", record.model_dump_json())

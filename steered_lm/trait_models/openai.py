@@ -12,11 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
-from steered_lm.config import Config, content_hash, file_hash, read_structured, write_atomic
+from steered_lm.config import content_hash
 from steered_lm.trait_models.backend import FINISHED, JobState, Status, TrainedModel, TrainRequest
 from steered_lm.trait_models.experiment import ExperimentError
 from steered_lm.trait_models.openai_client import Client, Event, Job, OpenAIOptions, RefusedError, connect, event_of, file_of, job_of, rows
-from steered_lm.trait_models.service import refuse_untaken
+from steered_lm.trait_models.service import Record, asked_for, refuse_changed, refuse_untaken
 
 _log = logging.getLogger(__name__)
 _RECORD = "openai.json"
@@ -35,7 +35,7 @@ _STATUS: dict[str, Status] = {"validating_files": "queued", "queued": "queued", 
 _STEP = re.compile(r"[Ss]tep (\d+)/(\d+)")
 
 
-class _Record(Config):
+class _Record(Record):
     """What a job's folder knows of it.
 
     Attributes:
@@ -109,24 +109,23 @@ class OpenAIBackend:
             UnreachableError: when the service cannot be reached; submitting again finds what was started.
             ExperimentError: when the service refuses.
         """
-        # neither its place nor its name in the experiment makes another job of it
-        asked = content_hash([request.model_dump(mode="json", exclude={"data", "name", "device"}), dict(self.identity(request))])
+        asked = asked_for(request, self.identity(request))
         file = folder / _RECORD
-        record = _read(file)
+        record = _Record.read(file)
         with connect(self._options) as client:
             if record is not None and record.request == asked:
                 job = self._earlier(client, record)
                 if job is not None and _STATUS.get(job.status) not in ("failed", "cancelled"):
-                    _write(file, record.model_copy(update={"job": job.id}))
+                    record.model_copy(update={"job": job.id}).write(file)
                     return job.id
                 if job is not None:  # it ended badly: another job under another name, with the data that is there
                     record = _Record(request=asked, name=uuid.uuid4().hex, file=record.file)
             else:
                 record = _Record(request=asked, name=uuid.uuid4().hex)
             record = record.model_copy(update={"file": self._uploaded(client, request, record.file)})
-            _write(file, record)  # before the job is made, so that a crash in between leaves its name
+            record.write(file)  # before the job is made, so that a crash in between leaves its name
             job = self._made(client, request, record)
-            _write(file, record.model_copy(update={"job": job.id}))
+            record.model_copy(update={"job": job.id}).write(file)
             return job.id
 
     def poll(self, job: str, folder: Path) -> JobState:
@@ -190,8 +189,7 @@ class OpenAIBackend:
 
     def _uploaded(self, client: Client, request: TrainRequest, known: str | None) -> str:
         """Return the id of the uploaded data; ``known`` is that of an earlier upload of the same request, and so of the same bytes."""
-        if file_hash(request.data) != request.data_hash:
-            raise ExperimentError(f"model {request.name!r}: {str(request.data)!r} has changed since it was prepared. Run the command again.")
+        refuse_changed(request)
         if known is not None:
             try:
                 return client.ask("a question for a file", lambda: file_of(client.api.files.retrieve(known)))
@@ -245,11 +243,3 @@ def _model(job: Job, last: str, options: OpenAIOptions) -> TrainedModel:
     facts = {"job": job.id, "trained_tokens": job.trained_tokens, "seconds": seconds, "seed": job.seed, "hyperparameters": job.used, "last": last}
     place = {"base_url": options.base_url, "key_env": options.key_env}
     return TrainedModel(backend=OpenAIBackend.name, model_id=name, inspect=f"openai/{name}", **place, digest=content_hash(name), facts=facts)
-
-
-def _read(file: Path) -> _Record | None:
-    return _Record.parse(read_structured(file, error=ExperimentError), source=str(file), error=ExperimentError) if file.is_file() else None
-
-
-def _write(file: Path, record: _Record) -> None:
-    write_atomic(file, record.model_dump_json())

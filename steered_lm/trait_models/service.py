@@ -1,4 +1,4 @@
-"""What backends on somebody else's servers share: options that hold no key, the key itself, and what a service does not take."""
+"""What backends on somebody else's servers share: options that hold no key, the key itself, a job's record, and what a service does not take."""
 
 import os
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from steered_lm.config import Config
+from steered_lm.config import Config, content_hash, file_hash, read_structured, write_atomic
 from steered_lm.errors import near_misses
 from steered_lm.judges.redact import Key
 from steered_lm.trait_models.backend import TrainRequest
@@ -70,6 +70,38 @@ class ServiceOptions(BackendOptions):
                 "Set it, or name another one with key_env in training.options."
             )
         return Key(value)
+
+
+class Record(Config):
+    """What a job's folder knows of it, in a file of its own."""
+
+    @classmethod
+    def read(cls, file: Path) -> Self | None:
+        """Return what a file says, or None when there is none.
+
+        Raises:
+            ExperimentError: when it is damaged.
+        """
+        return cls.parse(read_structured(file, error=ExperimentError), source=str(file), error=ExperimentError) if file.is_file() else None
+
+    def write(self, file: Path) -> None:
+        """Put this in the place of what a file says."""
+        write_atomic(file, self.model_dump_json())
+
+
+def asked_for(request: TrainRequest, identity: Mapping[str, Any]) -> str:
+    """Return a hash of what decides the outcome: neither its place nor its name in the experiment makes another job of a request."""
+    return content_hash([request.model_dump(mode="json", exclude={"data", "name", "device"}), dict(identity)])
+
+
+def refuse_changed(request: TrainRequest) -> None:
+    """Refuse data that are no longer what the request says.
+
+    Raises:
+        ExperimentError: when they have changed.
+    """
+    if file_hash(request.data) != request.data_hash:
+        raise ExperimentError(f"model {request.name!r}: {str(request.data)!r} has changed since it was prepared. Run the command again.")
 
 
 def refuse_untaken(backend: str, request: TrainRequest, taken: Iterable[str], advice: Mapping[str, str]) -> None:

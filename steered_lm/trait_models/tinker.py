@@ -11,14 +11,14 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from steered_lm.config import Config, content_hash, file_hash, read_structured, write_atomic
+from steered_lm.config import content_hash, write_atomic
 from steered_lm.errors import require
 from steered_lm.trait_models.backend import JobState, Status, TrainedModel, TrainRequest
 from steered_lm.trait_models.experiment import ExperimentError
 from steered_lm.trait_models.job_lock import JobLock, detach, reap
-from steered_lm.trait_models.service import ServiceOptions, refuse_untaken
+from steered_lm.trait_models.service import Record, ServiceOptions, asked_for, refuse_changed, refuse_untaken
 
 LEARNING_RATE = 1e-4
 """What is taken where an experiment names no rate: the SDK's own default."""
@@ -27,7 +27,6 @@ _PID, _CANCELLED = "tinker.pid", "tinker-cancelled"
 _TAKEN = ("epochs", "learning_rate", "batch_size", "gradient_accumulation", "max_length", "warmup_ratio", "weight_decay", "lora_rank", "save_steps")
 _LOOK = 0.5  # seconds that others, who only look whether a process lives, may hold the lock at most
 _PATIENCE = 10.0  # seconds that a cancelled process has to say goodbye to the service
-_FOUND = TypeVar("_FOUND", bound=Config)
 
 
 class TinkerOptions(ServiceOptions):
@@ -40,7 +39,7 @@ class TinkerOptions(ServiceOptions):
     tokenizer: str | None = None
 
 
-class Job(Config):
+class Job(Record):
     """What the process is to do.
 
     Attributes:
@@ -54,7 +53,7 @@ class Job(Config):
     options: TinkerOptions
 
 
-class Progress(Config):
+class Progress(Record):
     """How far the process is; it alone writes this.
 
     Attributes:
@@ -130,15 +129,14 @@ class TinkerBackend:
         Raises:
             ExperimentError: when the data have changed, or the folder's process trains something else.
         """
-        asked = content_hash([request.model_dump(mode="json", exclude={"data", "name", "device"}), dict(self.identity(request))])
+        asked = asked_for(request, self.identity(request))
         job = f"tinker-{asked[:16]}"
-        earlier = _read(folder / JOB, Job)
+        earlier = Job.read(folder / JOB)
         progress = read_progress(folder) if earlier is not None and earlier.asked == asked else Progress()
         if progress.status == "succeeded":
             return job
         self._options.key(self.name)
-        if file_hash(request.data) != request.data_hash:
-            raise ExperimentError(f"model {request.name!r}: {str(request.data)!r} has changed since it was prepared. Run the command again.")
+        refuse_changed(request)
         lock = JobLock.take(folder, _LOOK)
         if lock is None:
             if earlier is None or earlier.asked != asked:
@@ -146,7 +144,7 @@ class TinkerBackend:
             return job
         with lock:
             (folder / _CANCELLED).unlink(missing_ok=True)
-            write_atomic(folder / JOB, Job(asked=asked, request=request, options=self._options).model_dump_json())
+            Job(asked=asked, request=request, options=self._options).write(folder / JOB)
             checkpoint = {"state": progress.state, "saved": progress.saved, "status": "queued", "steps": None}
             write_progress(folder, (progress.saved or Progress()).model_copy(update=checkpoint))
             _start(folder, lock)
@@ -190,12 +188,12 @@ class TinkerBackend:
 
 def read_progress(folder: Path) -> Progress:
     """Return how far the folder's process is."""
-    return _read(folder / PROGRESS, Progress) or Progress()
+    return Progress.read(folder / PROGRESS) or Progress()
 
 
 def write_progress(folder: Path, progress: Progress) -> None:
     """Keep how far the folder's process is."""
-    write_atomic(folder / PROGRESS, progress.model_dump_json())
+    progress.write(folder / PROGRESS)
 
 
 def _model(job: Job, progress: Progress) -> TrainedModel:
@@ -213,11 +211,7 @@ def _start(folder: Path, lock: JobLock) -> None:
 
 
 def _known(job: str, folder: Path) -> Job:
-    known = _read(folder / JOB, Job)
+    known = Job.read(folder / JOB)
     if known is None:
         raise ExperimentError(f"job {job!r} is not known in {str(folder)!r}. Train again.")
     return known
-
-
-def _read(file: Path, kind: type[_FOUND]) -> _FOUND | None:
-    return kind.parse(read_structured(file, error=ExperimentError), source=str(file), error=ExperimentError) if file.is_file() else None

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import comparison
+import console
 import peft
 import shapes
 import torch
@@ -115,13 +117,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         clock = "cpu" if arguments.threads == 1 else "wall"
         designs = work.designs()
         work.engine.generate([row._replace(max_new_tokens=2) for row in work.rows])
-        runs = shapes.interleaved(designs, arguments.rounds)
+        runs = comparison.interleaved(designs, arguments.rounds)
     facts = {
         name: {
             "seconds": run.seconds(clock),
-            "C over it": shapes.ratio(run, runs[C], clock),
+            "C over it": comparison.ratio(run, runs[C], clock),
             "by round": [getattr(cost, clock) for cost in run.costs],
-            "equal rows": shapes.agreement(runs[A].output, run.output).equal,
+            "equal rows": comparison.agreement(runs[A].output, run.output).equal,
         }
         for name, run in runs.items()
     }
@@ -130,9 +132,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{arguments.tokens} tokens, steered: {arguments.positions or 'no'}, {arguments.gemm}, {arguments.threads} thread(s)"
     )
     table = [[name, f"{fact['seconds']:.2f}", f"{fact['C over it']:.2f}", str(fact["equal rows"])] for name, fact in facts.items()]
-    shapes.show(title, ["design", "seconds", "C over it", f"rows of {len(work.rows)} equal to A"], table)
+    console.show(title, ["design", "seconds", "C over it", f"rows of {len(work.rows)} equal to A"], table)
     settings = {name: value for name, value in vars(arguments).items() if isinstance(value, (str, int))}
-    return {"settings": settings, "machine": shapes.machine(arguments.threads), "designs": facts}
+    return {"settings": settings, "machine": console.machine(arguments.threads), "designs": facts}
 
 
 FULL: list[dict[str, Any]] = [
@@ -145,7 +147,7 @@ FULL: list[dict[str, Any]] = [
 
 
 def main() -> None:
-    parser = shapes.options(__doc__, "adapters.json")
+    parser = console.options(__doc__, "adapters.json")
     parser.add_argument("--size", choices=list(shapes.SHAPES), default="s")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
@@ -158,7 +160,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft's own use of transformers
     settings = FULL if arguments.full else [{}]
-    shapes.write(arguments.json, [measure(argparse.Namespace(**{**vars(arguments), **setting})) for setting in settings])
+    console.write(arguments.json, [measure(argparse.Namespace(**{**vars(arguments), **setting})) for setting in settings])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import comparison
+import console
 import shapes
 import torch
 from lm_eval.evaluator import evaluate
@@ -39,7 +41,7 @@ def made_up(folder: Path, count: int) -> None:
 
 
 def main() -> None:
-    parser = shapes.options(__doc__, "cost.json")
+    parser = console.options(__doc__, "cost.json")
     parser.add_argument("--size", choices=list(shapes.SHAPES), default="s")
     parser.add_argument("--model", help="a model's folder in place of a random one")
     parser.add_argument("--data", help="folder with mmlu/; made-up items when left out")
@@ -57,7 +59,7 @@ def main() -> None:
             made_up(folder, arguments.items)
         os.environ["STEERED_LM_DATA"] = arguments.data or name
         tables = [table(arguments, shots, positions, folder) for shots in arguments.shots for positions in arguments.positions or ["all", "response"]]
-    shapes.write(arguments.json, tables)
+    console.write(arguments.json, tables)
 
 
 def table(arguments: argparse.Namespace, shots: int, positions: str, folder: Path) -> dict[str, Any]:
@@ -91,21 +93,21 @@ def table(arguments: argparse.Namespace, shots: int, positions: str, folder: Pat
         evaluate(stock, {"tasks": {task.task_name: task for task in tasks}}, limit=limit, bootstrap_iters=0, log_samples=False)
 
     sweep(0)
-    runs = shapes.interleaved({"one sweep": sweep, "7 single runs": single, "one run of hf, unsteered": upstream}, arguments.rounds)
+    runs = comparison.interleaved({"one sweep": sweep, "7 single runs": single, "one run of hf, unsteered": upstream}, arguments.rounds)
     equal = runs["one sweep"].output == runs["7 single runs"].output
     answers = len(runs["one sweep"].output) * len(runs["one sweep"].output[0])
     clock = "cpu" if arguments.threads == 1 else "wall"
     facts = {
         "sweep, s": runs["one sweep"].seconds(clock),
         "7 single runs, s": runs["7 single runs"].seconds(clock),
-        "single / sweep": shapes.ratio(runs["7 single runs"], runs["one sweep"], clock),
-        "7 hf runs / sweep": len(ALPHAS) * shapes.ratio(runs["one run of hf, unsteered"], runs["one sweep"], clock),
+        "single / sweep": comparison.ratio(runs["7 single runs"], runs["one sweep"], clock),
+        "7 hf runs / sweep": len(ALPHAS) * comparison.ratio(runs["one run of hf, unsteered"], runs["one sweep"], clock),
         "equal": equal,
     }
     model = Path(arguments.model).name if arguments.model else arguments.size
     title = f"{len(tasks)} subject(s), {answers} answers, {shots} examples, positions {positions}, {model}, {arguments.threads} thread(s)"
-    shapes.show(title, list(facts), [[str(value) if isinstance(value, bool) else f"{value:.2f}" for value in facts.values()]])
-    return {"shots": shots, "positions": positions, "machine": shapes.machine(arguments.threads), "answers": answers, **facts}
+    console.show(title, list(facts), [[str(value) if isinstance(value, bool) else f"{value:.2f}" for value in facts.values()]])
+    return {"shots": shots, "positions": positions, "machine": console.machine(arguments.threads), "answers": answers, **facts}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from steered_lm.judges.base import JudgeRequest, Usage, Verdict
-from steered_lm.judges.cache import CachedJudge, JudgeCache, request_key
+from steered_lm.judges.cache import JudgeCache
+from steered_lm.judges.cached import CachedJudge, request_key
 
 AIM = 20_000
 _WRITER = """

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import console
 import shapes
 import torch
 
@@ -111,7 +112,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = shapes.options(__doc__, "memory.json")
+    parser = console.options(__doc__, "memory.json")
     parser.add_argument("--gemm", choices=["torch", "onednn"], default="torch")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -143,8 +144,8 @@ def main() -> None:
             ]
         )
     header = ["case", "budget", "planned", "cache", "peak", "peak / planned", f"within {AIM[0]}..{AIM[1]}", "peak / budget"]
-    shapes.show("memory in MiB, weights aside", header, rows)
-    shapes.write(arguments.json, found)
+    console.show("memory in MiB, weights aside", header, rows)
+    console.write(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import console
 import shapes
 import torch
 import transformers as hf
@@ -42,7 +43,7 @@ def measure(arguments: argparse.Namespace, exact: bool) -> list[dict[str, float]
 
 
 def main() -> None:
-    parser = shapes.options(__doc__, "overhead.json")
+    parser = console.options(__doc__, "overhead.json")
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument(
         "--prompts", type=int, default=10, help="rows in a batch are candidates x prompts; the persona's tuning prompts decide how many run"
@@ -55,7 +56,7 @@ def main() -> None:
         arguments.generations = 15
     torch.set_num_threads(arguments.threads)
     hf.utils.logging.disable_progress_bar()
-    found: dict[str, Any] = {"machine": shapes.machine(arguments.threads)}
+    found: dict[str, Any] = {"machine": console.machine(arguments.threads)}
     rows = []
     for name, exact in (("engine", False), ("reference path", True)):
         timings = found[name] = measure(arguments, exact)
@@ -64,8 +65,8 @@ def main() -> None:
     title = (
         f"milliseconds of a generation, {arguments.candidates} candidates, tiny chat model, median of {arguments.generations}, overhead at most {AIM}"
     )
-    shapes.show(title, ["path", "prompts", *parts], rows)
-    shapes.write(arguments.json, found)
+    console.show(title, ["path", "prompts", *parts], rows)
+    console.write(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ On the tiny chat model, whose benign trait is counted in sampled replies to held
 Seeds draw data, initialisation and order; everything is paired by seed, or by seed and question. Run ``python tests/bench/preventative.py --help``.
 """
 
-import argparse
 import logging
 import random
 import tempfile
@@ -21,149 +20,24 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-import numpy as np
-import shapes
+import console
 import torch
-from sklearn.metrics import roc_auc_score
+from console import interval
+from shifts import screening, shifts, show_shifts
+from trained import FACTS, HELD_OUT, LAYER, Arm, Bench, Values
 from transformers.utils.logging import disable_progress_bar
 
-from steered_lm.config import canonical_json, file_hash, write_atomic
-from steered_lm.content import TINY_CHAT
-from steered_lm.extract.activations import Row
-from steered_lm.extract.projections import Projections, project
-from steered_lm.harness.evaluation import load_model
-from steered_lm.harness.items import ItemResult, evaluate_items, load_task
+from steered_lm.config import canonical_json, write_atomic
 from steered_lm.harness.model import SteeredHFLM
-from steered_lm.measure.examples import read_examples
-from steered_lm.measure.passages import read_passages
-from steered_lm.measure.perplexity import perplexities
-from steered_lm.measure.texts import text_file
-from steered_lm.persona.meter import TRAITS, trait_levels
-from steered_lm.search.protocol import Candidate
-from steered_lm.stats import Estimate, PairedDifference, holm, mean_interval, paired_difference, spearman_interval
-from steered_lm.steering.blocks import find_blocks
-from steered_lm.steering.spec import SteeringSpec, VectorsRef
-from steered_lm.steering.vectors import TraitVectors, random_vectors
-from steered_lm.study import ModelConfig, build
+from steered_lm.persona.meter import TRAITS
+from steered_lm.stats import Estimate, PairedDifference, holm, mean_interval, paired_difference
+from steered_lm.steering.spec import SteeringSpec
 from steered_lm.tiny_chat.grammar import TOPICS_TRAIN, UNASKED_LEVELS, sample_reply, user_prompt
-from steered_lm.tiny_chat.trait_data import SHARES, SHIPPED_TRAITS, tiny_trait_set, write_tiny_sets
-from steered_lm.trait_models.backend import TrainRequest
-from steered_lm.trait_models.experiment import Hyperparameters, TrainingSteering
-from steered_lm.trait_models.peft import train
-from steered_lm.trait_models.shift import finetuning_shift, screen, shift_against_score
+from steered_lm.tiny_chat.trait_data import SHIPPED_TRAITS, tiny_trait_set
 from steered_lm.trait_models.trainer import response_loss
 
-LAYER = 3
-FACTS = ("tiny_knowledge", "tiny_truth")
 PLAIN, UNTRAINED = "no steering", "untrained"
 LOSSES = {"as trained": 4, "in use": 3, "baseline set": 3, "wanted set": 3}  # decimals
-HELD_OUT = 10_000  # added to a seed for conversations that nothing is trained on
-Values = list[float | None]
-
-
-class Arm(NamedTuple):
-    """One way to train: what is steered meanwhile, if anything, and for how many passes over the data."""
-
-    name: str
-    steering: TrainingSteering | None = None
-    epochs: float = 1.0
-
-
-class Trained(NamedTuple):
-    """A trained model inside the harness, and its loss at the end of training, as its last tenth of steps saw it."""
-
-    lm: SteeredHFLM
-    last: float
-
-
-class Bench:
-    """The vectors, tasks and settings that all parts share."""
-
-    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
-        self.arguments, self.folder = arguments, folder
-        self.size, self.rate = arguments.size, arguments.rate
-        path = folder / "vectors.safetensors"
-        pairs = {} if arguments.full else {"pairs": 60, "held_out_pairs": 30}
-        self.vectors: TraitVectors = build(ModelConfig(), SHIPPED_TRAITS, str(LAYER), path, **pairs)
-        self.reference = VectorsRef.to(path)
-        self.facts = {name: load_task(name, {}) for name in FACTS}
-        self.talk: Any = None
-        self.count = 0
-
-    def trait_task(self, trait: str) -> Any:
-        return load_task("pv_trait", {"trait": trait, "judge": "markers", "samples": self.arguments.samples, "max_gen_toks": 80})
-
-    def spec(self, trait: str, alpha: float, reference: VectorsRef | None = None) -> SteeringSpec:
-        settings = {"weights": {trait: 1.0}, "layers": (LAYER,), "alpha": alpha, "positions": "all"}
-        return SteeringSpec(vectors=reference or self.reference, **settings)
-
-    def preventative(self, trait: str, alpha: float) -> TrainingSteering:
-        return TrainingSteering(spec=self.spec(trait, alpha).save(self.folder / f"{trait}-{alpha:g}.yaml"))
-
-    def ablation(self, trait: str) -> TrainingSteering:
-        return TrainingSteering(spec=self.spec(trait, 1.0).save(self.folder / f"{trait}-span.yaml"), method="ablation")
-
-    def random_direction(self, alpha: float, seed: int) -> TrainingSteering:
-        """Return steering along a direction of its own for each seed; the vectors file has the same norms, so alpha means the same length."""
-        path = random_vectors(self.vectors, seed=1000 + seed).save(self.folder / f"random-{seed}.safetensors")
-        return TrainingSteering(spec=self.spec("random", alpha, VectorsRef.to(path)).save(self.folder / f"random-{seed}-{alpha:g}.yaml"))
-
-    def train(self, data: Path, arm: Arm, seed: int) -> Trained:
-        hyper = Hyperparameters(epochs=arm.epochs, learning_rate=self.rate, batch_size=8, max_length=256, lora_rank=32)
-        request = TrainRequest(
-            name="bench",
-            base_model=TINY_CHAT,
-            data=data,
-            data_hash=file_hash(data),
-            hyperparameters=hyper,
-            seed=seed,
-            steering=arm.steering,
-            device="cpu",
-        )
-        self.count += 1
-        model = train(request, self.folder / f"job-{self.count}")
-        return Trained(self.load(model.peft), model.facts["loss"])
-
-    def load(self, adapter: str | None = None) -> SteeredHFLM:
-        lm = load_model(TINY_CHAT, adapter, "cpu")
-        lm.quiet = True
-        return lm
-
-    def perplexity(self, lm: SteeredHFLM, specs: Sequence[SteeringSpec | None]) -> list[float | None]:
-        if self.talk is None:
-            self.talk = read_passages(text_file("tiny_talk"), lm.tokenizer, lm.prefix_token_id)
-        return [found.value for found in perplexities(lm.engine, self.talk, specs, length=lm.max_length)]
-
-    def measured(
-        self, lm: SteeredHFLM, task: Any, seed: int, specs: Mapping[str, SteeringSpec | None], facts: bool = True
-    ) -> dict[str, dict[str, Any]]:
-        """Return, by candidate, scores by axis and question, and the shares of facts that are right."""
-        candidates = [Candidate(name=name, spec=spec) for name, spec in specs.items()]
-        found: dict[str, dict[str, Any]] = {
-            name: {"scores": by_axis(items)} for name, items in evaluate_items(lm, task, candidates, seed=seed).items()
-        }
-        if facts:
-            for name, task_ in self.facts.items():
-                for arm, items in evaluate_items(lm, task_, candidates).items():
-                    found[arm][name] = [item.metrics["acc"] for item in items]
-            for arm, value in zip(specs, self.perplexity(lm, list(specs.values())), strict=True):
-                found[arm]["perplexity"] = value
-        return found
-
-
-def by_axis(items: Sequence[ItemResult]) -> dict[str, Values]:
-    """Return each axis's mean score a question, 0-100, over the replies that show the axis at all."""
-    return {axis: [mean_or_none([level(text, axis) for text in item.responses]) for item in items] for axis in TRAITS}
-
-
-def level(text: str, axis: str) -> float | None:
-    found = trait_levels(text)[axis]
-    return None if found is None else 50.0 * (1.0 + found)
-
-
-def mean_or_none(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
 
 
 def write_chats(path: Path, rows: Sequence[Any]) -> Path:
@@ -283,89 +157,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], trait: str, spread: float) -> dic
     return {"spread of the plain loss over seeds (standard deviation)": spread, **readings}
 
 
-# -- 3: shifts and screening -----------------------------------------------------------------------------------------------------------
-
-
-def shifts(bench: Bench, seed: int) -> dict[str, Any]:
-    """Return nine models' shifts along each trait's vector, their scores, and how the two go together."""
-    folder = bench.folder / f"nine-{seed}"
-    write_tiny_sets(folder, size=bench.size, seed=seed)
-    rows: list[dict[str, Any]] = []
-    base = bench.load()
-    held_out = tiny_trait_set("formality", "baseline", 48, seed + HELD_OUT)
-    texts = [Row(rendered_chat(base, messages[:1]), messages[1]["content"]) for messages in held_out]
-    task = bench.trait_task("formality")
-    before = projected(bench, base, texts)
-    for trait in SHIPPED_TRAITS:
-        for strength in SHARES:
-            lm, _ = bench.train(folder / f"{strength}_{trait}.jsonl", Arm(strength), seed)
-            scores = bench.measured(lm, task, seed, {"model": None}, facts=False)["model"]["scores"]
-            after = projected(bench, lm, texts)
-            moved = {where: finetuning_shift(before, after, where=where) for where in ("prompt_last", "response")}
-            by_trait = {where: {shift.trait: shift for shift in found} for where, found in moved.items()}
-            rows.append(
-                {"trait": trait, "strength": strength, "scores": {axis: mean_or_none(scores[axis]) for axis in SHIPPED_TRAITS}, "shifts": by_trait}
-            )
-    against = {
-        where: {
-            axis: shift_against_score([row["shifts"][where][axis] for row in rows], [row["scores"][axis] for row in rows]) for axis in SHIPPED_TRAITS
-        }
-        for where in ("prompt_last", "response")
-    }
-    return {"models": rows, "correlation": against}
-
-
-def rendered_chat(lm: SteeredHFLM, messages: Any) -> str:
-    return str(lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def projected(bench: Bench, lm: SteeredHFLM, rows: Sequence[Row]) -> list[Projections]:
-    return project(lm.model, lm.tokenizer, find_blocks(lm.model), rows, bench.vectors, layers=[LAYER]).projections
-
-
-def screening(bench: Bench, seed: int) -> dict[str, Any]:
-    """Return how well projection differences tell severe examples from baseline ones, and how they follow an example's own level."""
-    folder, lm, found = bench.folder / f"nine-{seed}", bench.load(), {}
-    for trait in SHIPPED_TRAITS:
-        severe, baseline = (folder / f"{strength}_{trait}.jsonl" for strength in ("severe", "baseline"))
-        sides = {
-            path: screen(path, lm.model, lm.tokenizer, bench.vectors, traits=[trait], layers=[LAYER]).projections[0] for path in (severe, baseline)
-        }
-        levels = {path: [level(example.response, trait) for example in read_examples(path)] for path in sides}
-        found[trait] = {
-            "difference": auc(sides[severe].difference, sides[baseline].difference, seed),
-            "response alone": auc(sides[severe].response, sides[baseline].response, seed),
-            "level of the text, the most there is to tell": auc(levels[severe], levels[baseline], seed),
-            "difference against level, baseline examples": spearman_interval(sides[baseline].difference, levels[baseline]),
-        }
-    return found
-
-
-def auc(positive: Sequence[float | None], negative: Sequence[float | None], seed: int) -> Estimate:
-    """Return the area under the ROC curve with a percentile interval of 2,000 stratified bootstrap draws."""
-    high, low = (np.array([value for value in side if value is not None]) for side in (positive, negative))
-    value = float(roc_auc_score(np.r_[np.ones(len(high)), np.zeros(len(low))], np.r_[high, low]))
-    # the area is the share of pairs in the right order, so a draw weights the pairs
-    won = (high[:, None] > low) + 0.5 * (high[:, None] == low)
-    rng = np.random.default_rng(seed)
-    weights = [rng.multinomial(len(side), np.full(len(side), 1 / len(side)), 2000) / len(side) for side in (high, low)]
-    drawn = np.einsum("di,ij,dj->d", weights[0], won, weights[1], optimize=True)
-    ends = np.quantile(drawn, [0.025, 0.975])
-    missing = len(positive) + len(negative) - len(high) - len(low)
-    method = "area under the ROC curve, stratified bootstrap"
-    return Estimate(value=value, low=float(ends[0]), high=float(ends[1]), n=min(len(high), len(low)), missing=missing, method=method)
-
-
 # -- tables ----------------------------------------------------------------------------------------------------------------------------
-
-
-def interval(found: Estimate | PairedDifference, digits: int = 1, *, signed: bool = True) -> str:
-    value = found.mean if isinstance(found, PairedDifference) else found.value
-    if value is None:
-        return "-"
-    form = f"{{:{'+' if signed else ''}.{digits}f}}"
-    ends = "" if found.low is None or found.high is None else f" [{form.format(found.low)}, {form.format(found.high)}]"
-    return form.format(value) + ends
 
 
 def show_part(title: str, rows: Sequence[Mapping[str, Any]], trait: str, second: str | None = None) -> None:
@@ -380,20 +172,20 @@ def show_part(title: str, rows: Sequence[Mapping[str, Any]], trait: str, second:
         costs.append([row["arm"], *(interval(row[name]["minus plain"], digits) for name, digits in LOSSES.items() if name in row), facts])
         costs[-1].append(interval(row["perplexity"]["mean"], 1, signed=False))
     columns = [trait, f"{trait} - plain", *([second, f"{second} - plain"] if second else [])]
-    shapes.show(f"{title}: scores, 0-100", ["arm", *columns, "other axes - untrained"], scores)
+    console.show(f"{title}: scores, 0-100", ["arm", *columns, "other axes - untrained"], scores)
     columns = [f"loss {name} - plain" for name in LOSSES if name in rows[0]]
-    shapes.show(f"{title}: losses and costs", ["arm", *columns, "knowledge, truth", "perplexity"], costs)
+    console.show(f"{title}: losses and costs", ["arm", *columns, "knowledge, truth", "perplexity"], costs)
 
 
 def show_verdict(found: Mapping[str, Any]) -> None:
     for reading, arms in found.items():
         if isinstance(arms, float):
-            shapes.CONSOLE.print(f"{reading}: {arms:.4f}")
+            console.CONSOLE.print(f"{reading}: {arms:.4f}")
             continue
-        shapes.CONSOLE.print(f"training loss equal to the plain one's ({reading}): {'none' if not arms else ''}")
+        console.CONSOLE.print(f"training loss equal to the plain one's ({reading}): {'none' if not arms else ''}")
         for one in arms:
             scores = f"score {interval(one['score'])} over questions, {interval(one['score, over seeds'])} over seeds"
-            shapes.CONSOLE.print(f"  {one['arm']}: loss {interval(one['loss'], 4)}; {scores}; loss in use {interval(one['loss in use'], 3)}")
+            console.CONSOLE.print(f"  {one['arm']}: loss {interval(one['loss'], 4)}; {scores}; loss in use {interval(one['loss in use'], 3)}")
 
 
 def plain_data(value: Any) -> Any:
@@ -451,7 +243,7 @@ def report(title: str, rows: Mapping[int, Mapping[str, Mapping[str, Any]]], part
 
 
 def main() -> None:
-    parser = shapes.options(__doc__, "preventative.json")
+    parser = console.options(__doc__, "preventative.json")
     parser.add_argument("--trait", choices=SHIPPED_TRAITS, default="formality")
     parser.add_argument("--alphas", type=float, nargs="+", help="shares of the residual norm; 0.2 and 0.5, with --full 0.1, 0.2, 0.3 and 0.5")
     parser.add_argument("--seeds", type=int, help="3, with --full 5")
@@ -472,43 +264,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(arguments, Path(name))
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items() if key != "json"}
-        out: dict[str, Any] = {"machine": shapes.machine(arguments.threads), "settings": settings | {"alphas": alphas, "layer": LAYER}}
+        out: dict[str, Any] = {"machine": console.machine(arguments.threads), "settings": settings | {"alphas": alphas, "layer": LAYER}}
         for number, (title, part, kept) in enumerate(parts(bench, alphas, full)):
             rows: dict[int, dict[str, dict[str, Any]]] = {}
             out[title] = {"raw": rows}
             for seed in range(arguments.seeds):
                 rows[seed] = run_seed(bench, part, seed)
-                shapes.CONSOLE.print(f"{title}: seed {seed + 1} of {arguments.seeds}, {time.perf_counter() - started:.0f} s")
+                console.CONSOLE.print(f"{title}: seed {seed + 1} of {arguments.seeds}, {time.perf_counter() - started:.0f} s")
                 # what is there is kept, should the rest take too long
-                shapes.write(arguments.json, plain_data(out))
+                console.write(arguments.json, plain_data(out))
             out[title] |= report(title, rows, part, kept)
             if number == 0:
                 out |= {"shifts": shifts(bench, 0), "screening": screening(bench, 0)}
                 show_shifts(out)
     out["seconds"] = time.perf_counter() - started
-    shapes.write(arguments.json, plain_data(out))
-
-
-def show_shifts(out: Mapping[str, Any]) -> None:
-    rows = [
-        [
-            row["trait"],
-            row["strength"],
-            *(f"{row['scores'][axis]:.1f} / {row['shifts']['prompt_last'][axis].of_norm:+.3f}" for axis in SHIPPED_TRAITS),
-        ]
-        for row in out["shifts"]["models"]
-    ]
-    shapes.show(
-        "3. score / finetuning shift at the last prompt token, as a share of the residual norm", ["trained on", "strength", *SHIPPED_TRAITS], rows
-    )
-    rows = [
-        [where, *(f"{interval(found[axis].pearson, 2)}; {interval(found[axis].spearman, 2)}" for axis in SHIPPED_TRAITS)]
-        for where, found in out["shifts"]["correlation"].items()
-    ]
-    shapes.show("Pearson; Spearman of shift and score over nine models", ["projected", *SHIPPED_TRAITS], rows)
-    kinds = list(next(iter(out["screening"].values())))
-    rows = [[kind, *(interval(out["screening"][axis][kind], 3, signed=False) for axis in SHIPPED_TRAITS)] for kind in kinds]
-    shapes.show("Severe or baseline example? Area under the ROC curve; Spearman in the last row", ["from", *SHIPPED_TRAITS], rows)
+    console.write(arguments.json, plain_data(out))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import comparison
+import console
 import shapes
 import torch
 from lm_eval.api.instance import Instance
@@ -191,17 +193,23 @@ def task_table(arguments: argparse.Namespace, task: str) -> dict[str, Any]:
         designs: dict[str, Callable[[int], Any]] = {"hf": stock_run}
         designs |= {name: lambda number, run=run: run() for name, (_, run) in engines.items()}
         designs |= {name: lambda number, model=model: work.answers(model) for name, model in others.items()}
-        runs = shapes.interleaved(designs, arguments.rounds)
+        runs = comparison.interleaved(designs, arguments.rounds)
         facts = {name: _fact(work, run, runs["hf"], engines[name][0] if name in engines else 1) for name, run in runs.items()}
         for name, (settings, _) in engines.items():
             facts[name] |= {"limit": work.limit(settings), **compared(work, stock, runs[name].output)}
         _show(work, task, facts)
-        return {"task": task, "positions": arguments.positions, "size": arguments.size, "machine": shapes.machine(arguments.threads), "runs": facts}
+        return {
+            "task": task,
+            "positions": arguments.positions,
+            "size": arguments.size,
+            "machine": console.machine(arguments.threads),
+            "runs": facts,
+        }
 
 
-def _fact(work: Workload, run: shapes.Run, stock: shapes.Run, settings: int) -> dict[str, Any]:
+def _fact(work: Workload, run: comparison.Run, stock: comparison.Run, settings: int) -> dict[str, Any]:
     clock = "cpu" if work.arguments.threads == 1 else "wall"
-    return {"K": settings, "seconds": run.seconds(clock), "over K runs": settings * shapes.ratio(stock, run, clock)}
+    return {"K": settings, "seconds": run.seconds(clock), "over K runs": settings * comparison.ratio(stock, run, clock)}
 
 
 def _show(work: Workload, task: str, facts: dict[str, dict[str, Any]]) -> None:
@@ -214,11 +222,11 @@ def _show(work: Workload, task: str, facts: dict[str, dict[str, Any]]) -> None:
         "K": "d", "seconds": ".2f", "over K runs": ".2f", "limit": ".1f", "max difference": ".1e", "equal picks": ".2%", "equal is_greedy": ".2%"
     }  # fmt: skip
     rows = [[name, *(format(fact[key], form) if key in fact else "" for key, form in columns.items())] for name, fact in facts.items()]
-    shapes.show(title, ["run", "K", "seconds", "over K hf runs", *list(columns)[3:]], rows)
+    console.show(title, ["run", "K", "seconds", "over K hf runs", *list(columns)[3:]], rows)
 
 
 def main() -> None:
-    parser = shapes.options(__doc__, "scoring.json")
+    parser = console.options(__doc__, "scoring.json")
     parser.add_argument("--task", choices=list(TASKS), action="append", help="one or several; all when left out")
     parser.add_argument("--size", choices=list(shapes.SHAPES), default="s")
     parser.add_argument("--settings", type=int, nargs="+", default=[1, 8, 16])
@@ -235,7 +243,7 @@ def main() -> None:
         for task in arguments.task or TASKS
         for positions in arguments.positions or ("all", "response")
     ]
-    shapes.write(arguments.json, found)
+    console.write(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,14 @@
-"""What the benchmarks share: random Llama shapes, prompts and texts, a tokenizer made at run time, steering specs, and interleaved timing."""
+"""What the benchmarks run: random Llama shapes, prompts and texts, a tokenizer made at run time, steering specs."""
 
-import argparse
-import json
-import logging
-import os
 import random
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
 import transformers as hf
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -28,9 +17,6 @@ from steered_lm.steering.vectors import ResidualNorm, TraitVectors, VectorsMeta,
 from steered_lm.tiny_chat.evaluate import load
 from steered_lm.tiny_chat.grammar import TOPICS_HELD_OUT, TOPICS_TRAIN, user_prompt
 
-# lm-eval warns of every model object that it is handed
-logging.getLogger("lm_eval").setLevel(logging.ERROR)
-CONSOLE = Console(width=150)
 # What is added, as a share of the residual stream's norm.
 STRENGTH = 0.15
 TRAITS = ("self_other_focus", "formality", "relationship_distance", "narrative_mode", "emotional_tone")
@@ -276,105 +262,3 @@ class HandHook:
             yield
         finally:
             self.vector = None
-
-
-class Cost(NamedTuple):
-    """Seconds of one run: by the clock, and of the processor, which other programs on the machine do not lengthen by taking turns."""
-
-    wall: float
-    cpu: float
-
-
-class Run(NamedTuple):
-    """What one design took in each round, and what it returned in the last."""
-
-    costs: list[Cost]
-    output: Any
-
-    def seconds(self, clock: str = "cpu") -> float:
-        """Return the median."""
-        return statistics.median(getattr(cost, clock) for cost in self.costs)
-
-
-def timed(work: Callable[[], Any]) -> tuple[Cost, Any]:
-    """Run ``work`` once."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    output = work()
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu), output
-
-
-def interleaved(designs: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, Run]:
-    """Run every design once a round, in turns, so that a slow spell of the machine meets all of them; designs are told the round.
-
-    Every other round goes backwards: no design always runs after the same one.
-    """
-    costs: dict[str, list[Cost]] = {name: [] for name in designs}
-    outputs: dict[str, Any] = {}
-    for number in range(rounds):
-        names = list(designs) if number % 2 == 0 else list(designs)[::-1]
-        for name in names:
-            cost, outputs[name] = timed(lambda name=name, number=number: designs[name](number))
-            costs[name].append(cost)
-    return {name: Run(costs[name], outputs[name]) for name in designs}
-
-
-def ratio(slow: Run, fast: Run, clock: str = "cpu") -> float:
-    """Return the median over rounds of what ``slow`` took over what ``fast`` took."""
-    return statistics.median(getattr(a, clock) / getattr(b, clock) for a, b in zip(slow.costs, fast.costs, strict=True))
-
-
-class Agreement(NamedTuple):
-    """How far two designs wrote the same: equal rows, and how often they chose differently after the same tokens (once a row at most)."""
-
-    equal: int
-    flips: float
-
-
-def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> Agreement:
-    """Compare rows; what follows a first difference says nothing, since it follows another text."""
-    equal = flips = chosen = 0
-    for a, b in zip(one, other, strict=True):
-        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        differs = list(a) != list(b)
-        equal += not differs
-        flips += differs
-        chosen += same + differs
-    return Agreement(equal, flips / chosen)
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """Return what the numbers depend on."""
-    return {
-        "torch": torch.__version__,
-        "transformers": hf.__version__,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load": round(os.getloadavg()[0], 2),
-    }
-
-
-def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
-    """Print a table, numbers to the right, with a note below it."""
-    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    CONSOLE.print(table)
-
-
-def options(description: str | None, default_json: str) -> argparse.ArgumentParser:
-    """Return a parser with what all benchmarks take."""
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="everything, in as many rounds as it takes to trust the numbers")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=Path("bench") / default_json, help="where the numbers go")
-    return parser
-
-
-def write(path: Path, data: Any) -> None:
-    """Write the numbers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    CONSOLE.print(f"wrote {path}")
