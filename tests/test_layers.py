@@ -9,7 +9,7 @@ from environments import REPOSITORY, run
 PACKAGE = REPOSITORY / "steered_lm"
 # The layer of each file or folder of the package; imports run downward, or sideways within a layer.
 LAYERS = {
-    **dict.fromkeys(("__init__", "errors", "config", "content", "chat", "stats", "_content"), 0),
+    **dict.fromkeys(("__init__", "errors", "config", "content", "chat", "seeds", "stats", "_content"), 0),
     **dict.fromkeys(("benchmarks", "steering", "extract", "engine", "judges", "lamp", "measure", "persona", "search", "tiny_chat"), 1),
     **dict.fromkeys(("harness", "inspect_plugin", "report", "trait_models"), 2),
     **dict.fromkeys(("cli", "_autoload", "arms", "cost", "demo", "progress", "study", "trait_demo", "commands"), 3),

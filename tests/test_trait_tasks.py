@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 
 import lm_eval
 import pytest
+import torch
 from chat_folder import save_chat_model
 from fault_server import FaultServer, says
 from inspect_ai import eval as inspect_eval
@@ -145,6 +146,20 @@ def test_both_harnesses_report_the_same_numbers_and_verdicts_for_the_same_steere
     assert metadata["trait_digest"] == trait.digest == log.eval.metadata["trait_digest"]
     assert {metadata["judge_identity"], metadata["coherence_identity"]} > {metadata["judge_identity"]}
     json.dumps(metadata)
+
+
+def test_several_sampled_replies_a_question_are_the_same_in_both_harnesses(lm, judge, inspect_run):
+    asked = {**judge.options, "samples": 3, "temperature": 1.5}
+    torch.manual_seed(7)
+    results, samples, _ = run(lm, "pv_humorous", **asked)
+    log = inspect_run(registry.pv_humorous, seed=7, **asked)
+    texts = {sample["doc"]["id"]: [text.strip() for text in sample["resps"][0]] for sample in samples}
+    theirs = {sample_id: [None] * 3 for sample_id in texts}
+    for sample in log.samples:
+        theirs[sample.id][sample.epoch - 1] = sample.output.completion.strip()
+    assert theirs == texts
+    assert len({text for own in texts.values() for text in own}) > 30
+    assert inspect_metrics(log)["trait_score"]["question_mean"] == pytest.approx(results["trait_score,none"])
 
 
 def test_logs_of_both_harnesses_read_back_hold_the_turns_and_the_trait_scores(lm, judge, inspect_run, tmp_path):

@@ -1,6 +1,5 @@
 """lm-eval's generation settings as the engine's: what a task asks for, what the checkpoint brings, and what neither engine nor user chose."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from steered_lm.config import content_hash
 from steered_lm.engine import GenerationRow, Sampling
+from steered_lm.seeds import repeat_seed, row_seed
 from steered_lm.steering.spec import SteeringSpec
 
 # What transformers takes when neither the task nor the checkpoint says: its sampling is restricted to 50 tokens.
@@ -115,7 +115,6 @@ def row_seeds(rows: Sequence[tuple[tuple[int, ...], str | None]]) -> list[int]:
     base, seen = torch.initial_seed(), Counter[tuple[tuple[int, ...], str | None]]()
     seeds = []
     for row in rows:
-        digest = hashlib.sha256(repr((base, *row, seen[row])).encode()).digest()
+        seeds.append(row_seed(repeat_seed(base, seen[row]), *row))
         seen[row] += 1
-        seeds.append(int.from_bytes(digest[:8], "little") >> 1)
     return seeds

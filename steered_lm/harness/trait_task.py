@@ -54,7 +54,9 @@ class TraitTask(ChatTask):
             facts |= {key: judge.identity for key, judge in asked.items() if judge is not None}
         generation = {**config["generation_kwargs"], "max_gen_toks": self.run.max_gen_toks}
         if self.run.heat:
-            generation |= {"do_sample": True, "temperature": self.run.heat}
+            # top_k is named even when it is off: transformers' own default would keep 50 tokens, and a checkpoint may bring a top_p
+            generation |= {"do_sample": True, "temperature": self.run.heat, "top_p": 1.0}
+            generation |= {"top_k": self.run.top_k} if self.run.top_k >= 0 else {}
         changed = {"generation_kwargs": generation, "repeats": self.run.samples, "metadata": metadata | self.run.model_dump() | facts}
         super().__init__({**config, **changed})
 

@@ -1,6 +1,5 @@
 """The model provider ``steered-hf``: any Hugging Face causal model, steered, with a batcher of its own."""
 
-import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from steered_lm.inspect_plugin.batcher import Batcher
 from steered_lm.inspect_plugin.generation import Replier, Reply, Request, StopReason, take_defaults
 from steered_lm.inspect_plugin.loading import ProviderOptions, load_model, load_tokenizer
 from steered_lm.inspect_plugin.refusal import plain_refusals
+from steered_lm.seeds import repeat_seed, row_seed
 from steered_lm.steering.hooks import Steerer
 from steered_lm.steering.spec import INLINE_KEYS, SteeringSpec, spec_from_args
 
@@ -122,7 +122,7 @@ class SteeredHFAPI(ModelAPI):
             length, limit = self._budget(len(tokens), config)
             stop = tuple(s for s in config.stop_seqs or () if s)
             seed = config.seed if config.seed is not None else secrets.randbits(31)
-            samplings = self._samplings(config, seed, prompt)
+            samplings = self._samplings(config, seed, tokens)
             rows = tuple(GenerationRow(tokens, length, spec, sampling, stop) for sampling in samplings)
             replies = await self._batcher.submit(Request(rows, limit))
         made = sum(reply.tokens for reply in replies)
@@ -137,7 +137,7 @@ class SteeredHFAPI(ModelAPI):
         message = ChatMessageAssistant(content=reply.text, model=self.model_name, source="generate")
         return ChatCompletionChoice(message=message, stop_reason=reply.reason)
 
-    def _samplings(self, config: GenerateConfig, seed: int, prompt: str) -> list[Sampling]:
+    def _samplings(self, config: GenerateConfig, seed: int, tokens: tuple[int, ...]) -> list[Sampling]:
         """Return how the tokens of each choice are chosen."""
         count, penalty = config.num_choices or 1, self._defaults.repetition_penalty
         temperature, top_p, top_k = config.temperature or 0.0, 1.0 if config.top_p is None else config.top_p, config.top_k or 0
@@ -148,7 +148,7 @@ class SteeredHFAPI(ModelAPI):
                 raise ModelError(f"num_choices={count} with greedy decoding would repeat one reply. Set a temperature above 0.")
             return [Sampling(repetition_penalty=penalty)]  # without what greedy rows do not read, so that the engine sees which are alike
         common = Sampling(temperature, top_k, top_p, repetition_penalty=penalty)
-        return [common._replace(seed=_row_seed(seed, prompt, choice)) for choice in range(count)]
+        return [common._replace(seed=row_seed(repeat_seed(seed, choice), tokens)) for choice in range(count)]
 
     def _budget(self, prompt: int, config: GenerateConfig) -> tuple[int, StopReason]:
         wanted = config.max_tokens if config.max_tokens is not None else self.max_tokens()
@@ -250,8 +250,3 @@ def _spec_of(value: Any) -> SteeringSpec | None:
         f"extra_body={{'steering': {value!r:.80}}} is no steering. Allowed: a spec file's path, a mapping with keys out of {', '.join(INLINE_KEYS)}, "
         "or None for the unsteered model."
     )
-
-
-def _row_seed(seed: int, prompt: str, choice: int) -> int:
-    digest = hashlib.sha256(f"{seed}/{choice}/{prompt}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

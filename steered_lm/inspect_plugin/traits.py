@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from random import Random
 from statistics import fmean, stdev
 from typing import Any
 
@@ -20,10 +19,9 @@ from steered_lm.inspect_plugin.tasks import MissingGate, asking, total
 from steered_lm.judges import judge_options, make_judge
 from steered_lm.judges.base import FINDINGS, JudgeRequest, Verdict
 from steered_lm.judges.question import Question
-from steered_lm.judges.trait_run import COUNTS, MEANS, OF_COHERENCE, JudgedResponse, TraitQuestion, TraitRun, not_judged, response_values
+from steered_lm.judges.trait_run import COUNTS, MEANS, OF_COHERENCE, VERSION, JudgedResponse, TraitQuestion, TraitRun, not_judged, response_values
 from steered_lm.judges.traits import TraitError, judge_needed, load_trait
-
-VERSION = 1
+from steered_lm.seeds import repeat_seed
 
 
 @task
@@ -95,7 +93,7 @@ def _task(trait: str | None, options: dict[str, Any]) -> Task:
         run, extra = _run(trait, options)
         loaded = run.load()
         samples = [_sample(item) for item in run.items(loaded)]
-        heat = run.heat
+        heat, top_k = run.heat, run.top_k if run.top_k > 0 else None
     return Task(
         name=f"pv_{loaded.name}",
         dataset=MemoryDataset(samples, name=loaded.name),
@@ -104,7 +102,7 @@ def _task(trait: str | None, options: dict[str, Any]) -> Task:
         metrics=None if run.judges_coherence or GRADER in model_roles() else _WITHOUT_COHERENCE,  # None: the scorer's own
         epochs=Epochs(run.samples, "mean"),
         # ended where a base model starts to write the next turn, as in the harness's task of the same name
-        config=GenerateConfig(max_tokens=run.max_gen_toks, temperature=heat, stop_seqs=["\nUser:"]),
+        config=GenerateConfig(max_tokens=run.max_gen_toks, temperature=heat, top_k=top_k, stop_seqs=["\nUser:"]),
         version=VERSION,
         metadata={"version": VERSION, "trait": loaded.name, "trait_digest": loaded.digest},
     )
@@ -115,7 +113,7 @@ def sampled(seed: int) -> Solver:
     """Reply by a seed of each sample's own: by one for all, a question's replies would all be the same."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
-        return await generate(state, seed=Random(f"{seed}/{state.epoch}").getrandbits(31))
+        return await generate(state, seed=repeat_seed(seed, state.epoch - 1))
 
     return solve
 

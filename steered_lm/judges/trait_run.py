@@ -18,6 +18,9 @@ from steered_lm.judges.traits import RubricName, Trait, TraitError, load_trait
 
 logger = logging.getLogger(__name__)
 
+VERSION = 2
+"""Of the tasks in both harnesses; raised when the same options give other numbers."""
+
 BANDS = ((0, 20), (21, 40), (41, 60), (61, 80), (81, 100))
 """Ranges of trait scores, ends included; a score is rounded to a whole number first."""
 SHARES = tuple(f"share_{low}_{high}" for low, high in BANDS)
@@ -69,6 +72,8 @@ class TraitRun(Config):
         rubric: ``ours``, ``file`` (the file's ``eval_prompt``), or ``auto``: ours where the trait has a description.
         samples: responses a question.
         temperature: 0 is greedy; when left out 0 for one sample, and 1 for several.
+        top_k: responses are sampled among so many likeliest tokens; 0 is all, as published; -1 is what the model type does by itself (in lm-eval for
+            services that know no top_k).
         system: ``pos`` or ``neg``: the trait's instructions as system turns, question *i* under pair *i* modulo their number; None for none.
         cache: SQLite file that keeps verdicts between runs.
         max_gen_toks: longest response, in tokens.
@@ -81,6 +86,7 @@ class TraitRun(Config):
     rubric: RubricName = "auto"
     samples: int = Field(default=1, ge=1)
     temperature: float | None = Field(default=None, ge=0)
+    top_k: int = Field(default=0, ge=-1)
     system: Literal["pos", "neg"] | None = None
     cache: str | None = None
     max_gen_toks: int = Field(default=128, ge=1)

@@ -15,7 +15,7 @@ from steered_lm.config import file_hash
 from steered_lm.judges import COMPUTED, PANEL_SUFFIXES, judge_names
 from steered_lm.judges.endpoint import MissingKeyError
 from steered_lm.judges.items import JudgedItem, identities
-from steered_lm.judges.trait_run import TraitRun
+from steered_lm.judges.trait_run import VERSION, TraitRun
 from steered_lm.judges.traits import Trait, TraitError, judge_needed
 from steered_lm.trait_models.backend import TrainedModel
 from steered_lm.trait_models.experiment import Evaluation, Experiment, ExperimentError
@@ -98,6 +98,7 @@ def evaluation_step(store: Store, experiment: Experiment, training: Step, traine
     judge = evaluation.judge or ""
     config = {
         "harness": evaluation.backend,
+        "task": VERSION,
         "limit": evaluation.limit,
         "seed": experiment.training.seed,
         "run": task.run.model_dump(mode="json", exclude={"trait", "folder", "cache"}),
