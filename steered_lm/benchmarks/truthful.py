@@ -28,6 +28,21 @@ def prompt(row: Mapping[str, Any]) -> str:
     return upstream_prompt("truthfulqa/truthfulqa_gen.yaml")(row)
 
 
+def choice_prompt(row: Mapping[str, Any]) -> str:
+    """Return upstream's prompt of the questions with choices; a choice follows after a space."""
+    return upstream_prompt("truthfulqa/truthfulqa_mc2.yaml")(row)
+
+
+def true_mass(labels: Sequence[int], loglikelihoods: Sequence[float]) -> float:
+    """Return upstream's mc2 score: the true choices' share of all choices' probability.
+
+    Upstream adds probabilities, which are 0 in floating point below about -745 nats. A common factor changes no share, so the likeliest is set to 1.
+    """
+    highest = max(loglikelihoods)
+    results = [(value - highest, False) for value in loglikelihoods]
+    return float(upstream_module("truthfulqa/utils.py").process_results_mc2({"mc2_targets": {"labels": list(labels)}}, results)["acc"])
+
+
 def overlap(row: Mapping[str, Any], response: str) -> dict[str, float]:
     """Return upstream's BLEU and ROUGE of a response against a prepared row's answers."""
     found = upstream_module("truthfulqa/utils.py").process_results_gen(row, [response])
