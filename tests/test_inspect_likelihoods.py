@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,21 @@ from steered_lm.harness.requests import ChatStr
 from steered_lm.inspect_plugin.likelihoods import Likelihood, LikelihoodRequest
 from steered_lm.inspect_plugin.provider import SteeredHFAPI
 from steered_lm.inspect_plugin.refusal import RefusalError
-from steered_lm.inspect_plugin.registry import perplexity, tiny_knowledge, tiny_truth, truthfulqa_mc2
+from steered_lm.inspect_plugin.registry import mmlu, perplexity, tiny_knowledge, tiny_truth, truthfulqa_mc1, truthfulqa_mc2
 
 # both inside inspect_ai: it passes an argument that tenacity deprecated, and leaves its own streams to the garbage collector
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'initial' parameter is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning"),
 ]
-TASKS = {truthfulqa_mc2: "steered_truthfulqa_mc2", perplexity: "steered_perplexity", tiny_knowledge: "tiny_knowledge", tiny_truth: "tiny_truth"}
+TASKS = {
+    "steered_truthfulqa_mc2": truthfulqa_mc2,
+    "steered_perplexity": perplexity,
+    "tiny_knowledge": tiny_knowledge,
+    "tiny_truth": tiny_truth,
+    "steered_truthfulqa_mc1": partial(truthfulqa_mc1, by="likelihood"),
+    "steered_mmlu_astronomy": partial(mmlu, subjects="astronomy", fewshot=2, by="likelihood"),
+}
 PLAIN = [
     ("Q: what jumps?\nA:", " the fox"),
     ("my brother ", "reads"),
@@ -95,19 +103,23 @@ def metrics_of(log):
 def test_both_harnesses_give_the_same_items_log_likelihoods_and_scores(run, tmp_path, monkeypatch, is_steered):
     monkeypatch.setenv(VARIABLE, str(save_small_data(tmp_path / "data")))
     steering = {}
+    # what Inspect itself takes for each task is most of this test's time
+    tasks = TASKS if is_steered else {name: TASKS[name] for name in ("steered_truthfulqa_mc2", "steered_perplexity", "tiny_truth")}
     if is_steered:
         vectors = save_vectors(resolve_model(TINY_CHAT), tmp_path / "v.safetensors")
         steering = {"steering": str(spec_of(vectors, layers=(3,), alpha=2.0).save(tmp_path / "spec.yaml"))}
-    logs = run([task() for task in TASKS], model_args={"device": "cpu", **steering}, limit=9)
+    logs = run([task() for task in tasks.values()], model_args={"device": "cpu", **steering}, limit=9)
     lm = SteeredHFLM(TINY_CHAT, device="cpu", batch_size=8, **steering)
-    loaded = {task.task_name: task for task in load_tasks(list(TASKS.values()))}
+    loaded = {task.task_name: task for task in load_tasks(list(tasks))}
+    if is_steered:
+        loaded["steered_mmlu_astronomy"].set_config("num_fewshot", 2)
     theirs = evaluate(lm, {"tasks": loaded}, limit=9, bootstrap_iters=2, log_samples=True)
-    for log, name in zip(logs, TASKS.values(), strict=True):
+    for log, name in zip(logs, tasks, strict=True):
         assert log.status == "success", log.error
         items = theirs["samples"][name]
         ours = {sample.id: next(iter(sample.scores.values())) for sample in log.samples}
         assert set(ours) == {item["doc"]["id"] for item in items}
-        assert len(items) == (6 if name == "steered_truthfulqa_mc2" else 9)
+        assert len(items) == (6 if name.startswith(("steered_truthfulqa", "steered_mmlu")) else 9)
         for item in items:
             score = ours[item["doc"]["id"]]
             expected = [resp[0] if isinstance(resp[0], float) else resp[0][0] for resp in item["resps"]]
@@ -120,6 +132,16 @@ def test_both_harnesses_give_the_same_items_log_likelihoods_and_scores(run, tmp_
             accuracy = metrics.get("mean", metrics.get("accuracy"))
             assert accuracy == pytest.approx(found["acc,none"], abs=1e-4)
             assert metrics["stderr"] == pytest.approx(found["acc_stderr,none"], abs=1e-4)
+
+
+@pytest.mark.parametrize("shots", [0, 5])
+def test_mmlu_s_plain_prompt_is_upstream_s_word_for_word(tmp_path, monkeypatch, shots):
+    monkeypatch.setenv(VARIABLE, str(save_small_data(tmp_path / "data")))
+    (task,) = load_tasks(["steered_mmlu_virology"])
+    samples = mmlu(subjects="virology", fewshot=shots, by="likelihood").dataset
+    for sample, doc in zip(samples, task.eval_docs, strict=True):
+        assert sample.input == task.fewshot_context(doc, num_fewshot=shots)
+        assert (sample.id, sample.target) == (doc["id"], ["ABCD"[doc["answer"]]])
 
 
 @pytest.mark.parametrize("prompt_format", ["chat", "plain"])
@@ -259,6 +281,8 @@ def test_bad_options_are_refused_plainly(run, tmp_path):
         (perplexity, {"split": "words"}, "split: .*'paragraph', 'line' or 'file'"),
         (perplexity, {"text": "nowhere.txt"}, "text='nowhere.txt' does not exist"),
         (truthfulqa_mc2, {"data": "/nowhere"}, "data='/nowhere' is not a folder"),
+        (truthfulqa_mc1, {"by": "likelihod"}, "by='likelihod' is not known.*Did you mean 'likelihood'"),
+        (mmlu, {"by": "likelihood", "seed": 1}, "seed=1 does not go with by='likelihood'"),
     ]:
         with pytest.raises(RefusalError, match=says):
             task(**arguments)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from steered_lm.benchmarks.upstream import upstream_module, upstream_prompt
 from steered_lm.judges import make_judge
@@ -28,9 +28,9 @@ def prompt(row: Mapping[str, Any]) -> str:
     return upstream_prompt("truthfulqa/truthfulqa_gen.yaml")(row)
 
 
-def choice_prompt(row: Mapping[str, Any]) -> str:
-    """Return upstream's prompt of the questions with choices; a choice follows after a space."""
-    return upstream_prompt("truthfulqa/truthfulqa_mc2.yaml")(row)
+def choice_prompt(row: Mapping[str, Any], part: Literal["mc1", "mc2"]) -> str:
+    """Return upstream's prompt of a question with choices; a choice follows after a space."""
+    return upstream_prompt(f"truthfulqa/truthfulqa_{part}.yaml")(row)
 
 
 def true_mass(labels: Sequence[int], loglikelihoods: Sequence[float]) -> float:

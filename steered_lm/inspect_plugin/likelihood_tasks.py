@@ -28,7 +28,9 @@ VERSION = 1
 _AT_ONCE = 128
 # our tasks by their names in lm-eval
 _TWINS = {
+    "mmlu": "steered_mmlu",
     "perplexity": "steered_perplexity",
+    "truthfulqa_mc1": "steered_truthfulqa_mc1",
     "truthfulqa_mc2": "steered_truthfulqa_mc2",
     "tiny_knowledge": "tiny_knowledge",
     "tiny_truth": "tiny_truth",
@@ -47,10 +49,10 @@ def perplexity(text: str = ENGLISH, split: str = "paragraph") -> Task:
         RefusalError: when the text is not to be had, or the model gives no log-likelihoods.
     """
     with plain_refusals():
-        _refuse_other_models("perplexity")
+        refuse_other_models("perplexity")
         options = PerplexityOptions.parse({"text": text, "split": split}, source="-T of perplexity")
         samples = [Sample(id=number, input=document) for number, document in enumerate(options.documents(), start=1)]
-    return _task("perplexity", samples, text_likelihood(), predicted_text(), **options.model_dump())
+    return likelihood_task("perplexity", samples, text_likelihood(), predicted_text(), **options.model_dump())
 
 
 @task
@@ -64,10 +66,10 @@ def truthfulqa_mc2(data: str | None = None) -> Task:
         RefusalError: when the data is not to be had, or malformed, or the model gives no log-likelihoods.
     """
     with plain_refusals():
-        _refuse_other_models("truthfulqa_mc2")
+        refuse_other_models("truthfulqa_mc2")
         rows = truthfulqa_rows("multiple_choice", data)
-        samples = [_choices(row["id"], choice_prompt(row), **row["mc2_targets"]) for row in rows]
-    return _task("truthfulqa_mc2", samples, choice_likelihoods("truthfulqa_mc2", delimiter=" ", chat=False), true_probability())
+        samples = [choice_sample(row["id"], choice_prompt(row, "mc2"), **row["mc2_targets"]) for row in rows]
+    return likelihood_task("truthfulqa_mc2", samples, choice_likelihoods("truthfulqa_mc2", delimiter=" ", chat=False), true_probability())
 
 
 @task
@@ -92,29 +94,44 @@ def tiny_truth() -> Task:
 
 def _tiny(name: str) -> Task:
     with plain_refusals():
-        _refuse_other_models(name)
+        refuse_other_models(name)
         rows = read_choices(content_dir("tasks") / name / "items.jsonl", name)
-        samples = [_choices(row["id"], row["question"], row["choices"], [int(i == row["gold"]) for i in range(len(row["choices"]))]) for row in rows]
-    return _task(name, samples, choice_likelihoods(name), likeliest_choice())
+        samples = [choice_sample(row["id"], row["question"], row["choices"], one_true(row["gold"], len(row["choices"]))) for row in rows]
+    return likelihood_task(name, samples, choice_likelihoods(name), likeliest_choice())
 
 
-def _choices(item: str, prompt: str, choices: Sequence[str], labels: Sequence[int]) -> Sample:
+def choice_sample(item: str, prompt: str, choices: Sequence[str], labels: Sequence[int], **facts: Any) -> Sample:
+    """Return a sample whose target is its true choices; ``labels`` says of each choice whether it is true, 1 or 0."""
     true = [choice for choice, label in zip(choices, labels, strict=True) if label]
-    return Sample(id=item, input=prompt, choices=list(choices), target=true, metadata={"labels": list(labels)})
+    return Sample(id=item, input=prompt, choices=list(choices), target=true, metadata={"labels": list(labels), **facts})
 
 
-def _task(name: str, samples: Sequence[Sample], solving: Solver, scoring: Scorer, **options: Any) -> Task:
+def one_true(gold: int, count: int) -> list[int]:
+    """Return the labels of choices of which one is true."""
+    return [int(number == gold) for number in range(count)]
+
+
+def likelihood_task(
+    name: str,
+    samples: Sequence[Sample],
+    solving: Solver,
+    scoring: Scorer,
+    metrics: list[Metric | dict[str, list[Metric]]] | None = None,
+    **facts: Any,
+) -> Task:
+    """Return a task by log-likelihood; without ``metrics`` the scorer's own count, and ``facts`` go into the log."""
     return Task(
         dataset=MemoryDataset(list(samples), name=name),
         solver=solving,
         scorer=scoring,
+        metrics=metrics,
         config=GenerateConfig(max_connections=_AT_ONCE),
         version=VERSION,
-        metadata={"version": VERSION, **options},
+        metadata={"version": VERSION, **facts},
     )
 
 
-def _refuse_other_models(name: str) -> None:
+def refuse_other_models(name: str) -> None:
     """Refuse a model without log-likelihoods before anything runs; without an evaluation under way, the solver does."""
     model = active_model()
     if model is not None:
