@@ -182,6 +182,9 @@ def test_a_conversation_is_rendered_and_the_steering_of_one_call_is_its_own(fold
     rendered = LikelihoodRequest("the fox", "<s><|system|>\ncook</s><|user|>\nwhat jumps?</s><|assistant|>\n")
     own, none = ask(steered, ([request],), ([request], GenerateConfig(extra_body={"steering": None})))
     assert none == ask(unsteered, ([request],))[0]
+    lm = SteeredHFLM(str(folder), device="cpu")
+    marked = ChatStr("what jumps?", messages=[{"role": "system", "content": "cook"}, {"role": "user", "content": "what jumps?"}])
+    assert none[0].loglikelihood == pytest.approx(lm.loglikelihood(scoring([(marked, "the fox")]), disable_tqdm=True)[0][0], abs=1e-4)
     assert none[0].loglikelihood != pytest.approx(own[0].loglikelihood, rel=1e-3)
     # white space at the end of plain text is scored with what follows; that of a template is not
     assert none[0].tokens == len("the fox") == ask(unsteered, ([rendered],))[0][0].tokens - 1

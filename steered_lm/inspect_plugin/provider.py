@@ -267,7 +267,9 @@ def _refuse_unsupported(tools: Sequence[ToolInfo], config: GenerateConfig) -> No
         raise ModelError(f"steered-hf does not call tools ({', '.join(tool.name for tool in tools)} given). Use a task or a solver without tools.")
     given = [name for name in _NOT_SUPPORTED if getattr(config, name)]
     if given:
-        raise ModelError(f"steered-hf does not support {', '.join(given)}. Leave it out; for log-probabilities use lm_eval --model steered-hf.")
+        raise ModelError(
+            f"steered-hf does not support {', '.join(given)}. Leave it out; log-probabilities of whole texts are what loglikelihoods gives."
+        )
 
 
 def _plain(message: ChatMessage) -> dict[str, str]:
