@@ -1,6 +1,6 @@
 """MMLU (Hendrycks et al. 2021): 57 subjects in four categories, four choices a question."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -8,12 +8,14 @@ from pydantic import ConfigDict, Field, model_validator
 from steered_lm.benchmarks.folder import data_folder, find_files, missing_file, read_rows
 from steered_lm.benchmarks.hub import hub_rows
 from steered_lm.benchmarks.ids import with_ids
+from steered_lm.benchmarks.upstream import upstream_prompt, upstream_settings
 from steered_lm.config import Config
 from steered_lm.errors import UserError, near_misses
 
 HUB = "cais/mmlu"
 SHOTS = 5
 """How many examples ``dev`` has for each subject."""
+LETTERS = ("A", "B", "C", "D")
 Split = Literal["test", "dev"]
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "stem": (
@@ -180,6 +182,14 @@ def mmlu_rows(subject: str, split: Split, data: str | None = None) -> list[dict[
         rows = _read(files, subject)
     made = with_ids(rows, lambda row: {"subject": subject, "question": row["question"], "choices": row["choices"]})
     return [row | {"gold": row["answer"]} for row in made]
+
+
+def upstream_context(row: Mapping[str, Any], examples: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Return upstream's plain prompt: what it is about, examples with their letters, and the row's question; a letter follows after a space."""
+    name = f"mmlu/default/mmlu_{row['subject']}.yaml"
+    prompt = upstream_prompt(name)
+    shots = "".join(f"{prompt(example)} {LETTERS[example['gold']]}\n\n" for example in examples)
+    return f"{upstream_settings(name)['description']}{shots}{prompt(row)}"
 
 
 def _joint(split: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from steered_lm.benchmarks.upstream import upstream_module, upstream_prompt
 from steered_lm.judges import make_judge
@@ -26,6 +26,21 @@ def prepared(row: Mapping[str, Any]) -> dict[str, Any]:
 def prompt(row: Mapping[str, Any]) -> str:
     """Return upstream's prompt: six questions with answers, then the row's question."""
     return upstream_prompt("truthfulqa/truthfulqa_gen.yaml")(row)
+
+
+def choice_prompt(row: Mapping[str, Any], part: Literal["mc1", "mc2"]) -> str:
+    """Return upstream's prompt of a question with choices; a choice follows after a space."""
+    return upstream_prompt(f"truthfulqa/truthfulqa_{part}.yaml")(row)
+
+
+def true_mass(labels: Sequence[int], loglikelihoods: Sequence[float]) -> float:
+    """Return upstream's mc2 score: the true choices' share of all choices' probability.
+
+    Upstream adds probabilities, which are 0 in floating point below about -745 nats. A common factor changes no share, so the likeliest is set to 1.
+    """
+    highest = max(loglikelihoods)
+    results = [(value - highest, False) for value in loglikelihoods]
+    return float(upstream_module("truthfulqa/utils.py").process_results_mc2({"mc2_targets": {"labels": list(labels)}}, results)["acc"])
 
 
 def overlap(row: Mapping[str, Any], response: str) -> dict[str, float]:

@@ -32,13 +32,26 @@ def upstream_prompt(name: str) -> Callable[[Mapping[str, Any]], str]:
     """Return what renders a row by the ``doc_to_text`` of one of upstream's YAML files."""
     from jinja2 import BaseLoader, Environment, StrictUndefined
 
+    text = upstream_settings(name)["doc_to_text"]
+    template = Environment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)
+    return lambda row: template.render(**row)
+
+
+@cache
+def upstream_settings(name: str) -> dict[str, Any]:
+    """Return what one of upstream's YAML files says, with what it includes; functions are named, not looked up."""
+    return _read(upstream_file(name))
+
+
+def _read(path: Path) -> dict[str, Any]:
+
     class Loader(yaml.SafeLoader):
         pass
 
     Loader.add_constructor("!function", lambda loader, node: node.value)
-    text = yaml.load(upstream_file(name).read_text(encoding="utf-8"), Loader=Loader)["doc_to_text"]
-    template = Environment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)
-    return lambda row: template.render(**row)
+    own: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+    included = own.pop("include", None)
+    return own if included is None else _read(path.parent / included) | own
 
 
 @cache

@@ -1,26 +1,12 @@
 """``steered_perplexity``: how well a steered model predicts a text, by rolling log-likelihood."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steered_lm.config import Config
 from steered_lm.errors import UserError
 from steered_lm.harness.chat_task import ChatTask
 from steered_lm.harness.rolling import TokenLikelihood
-from steered_lm.measure.texts import ENGLISH, Split, read_documents, text_file
-
-
-class PerplexityOptions(Config):
-    """What ``--metadata`` chooses.
-
-    Attributes:
-        text: a text file, JSONL with ``text`` in each line, or a text of ours: ``english``, ``tiny_talk``.
-        split: where a document of a text file ends: ``paragraph``, ``line`` or ``file``.
-    """
-
-    text: str = ENGLISH
-    split: Split = "paragraph"
+from steered_lm.measure.texts import PerplexityOptions, sizes
 
 
 class PerplexityTask(ChatTask):
@@ -45,8 +31,7 @@ class PerplexityTask(ChatTask):
         Raises:
             UserError: when the file is missing or holds no text.
         """
-        found = read_documents(text_file(self.options.text), self.options.split)
-        return [{"id": number, "text": text} for number, text in enumerate(found, start=1)]
+        return [{"id": number, "text": text} for number, text in enumerate(self.options.documents(), start=1)]
 
 
 def perplexity_metrics(doc: Mapping[str, Any], results: Sequence[float]) -> dict[str, tuple[float, int]]:
@@ -55,7 +40,6 @@ def perplexity_metrics(doc: Mapping[str, Any], results: Sequence[float]) -> dict
     Words and bytes are counted as lm-eval counts them. Tokens are known where the model type says how many there were: ``steered-hf`` does.
     """
     (value,) = results
-    text = str(doc["text"])
-    number, size = float(value), len(text.encode("utf-8"))
-    found = {"word_perplexity": (number, len(re.split(r"\s+", text))), "byte_perplexity": (number, size), "bits_per_byte": (number, size)}
+    number, size = float(value), sizes(str(doc["text"]))
+    found = {"word_perplexity": (number, size.words), "byte_perplexity": (number, size.bytes), "bits_per_byte": (number, size.bytes)}
     return found | ({"token_perplexity": (number, value.tokens)} if isinstance(value, TokenLikelihood) else {})

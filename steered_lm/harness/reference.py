@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from steered_lm.chat import Message, PromptFormat, render_chat
+from steered_lm.engine.encoding import chat_pair
 from steered_lm.errors import ModelError, NaNError
 from steered_lm.harness.requests import MODEL, candidate_name, chat_messages, own_spec
 from steered_lm.harness.rows import FiniteScores, Row, ScoredRow, TokenRequest, in_order, mergeable, pad
@@ -95,15 +96,11 @@ class ReferenceHFLM(HFLM):
         if chat_messages(context) is None:
             pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
             return pair
-        prompt = self.rendered(context)
-        if self.prompt_format == "plain" and not continuation[:1].isspace():
-            continuation = f" {continuation}"
-        head = self.tok_encode(context)
-        whole = list(super().tok_encode(prompt + continuation, add_special_tokens=self._template_specials))
-        if whole[: len(head)] == head and len(whole) > len(head):
-            return head, whole[len(head) :]
-        # The tokenizer merges across the border: score what the model would have to write after the prompt that it is given.
-        return head, list(super().tok_encode(continuation, add_special_tokens=False))
+        head, tail = chat_pair(self._plain_tokens, self.rendered(context), continuation, self.prompt_format)
+        return list(head), list(tail)
+
+    def _plain_tokens(self, text: str, add_special_tokens: bool | None) -> list[int]:
+        return list(super().tok_encode(text, add_special_tokens=add_special_tokens))
 
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False

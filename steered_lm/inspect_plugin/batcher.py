@@ -38,6 +38,7 @@ class Batcher(Generic[RequestT, ResultT]):
         max_size: int,
         size: Callable[[RequestT], int] = lambda request: 1,
         window: float = 0.004,
+        lock: anyio.Lock | None = None,
     ) -> None:
         """Prepare a batcher.
 
@@ -47,13 +48,14 @@ class Batcher(Generic[RequestT, ResultT]):
             max_size: largest total size of a batch; a request that is larger by itself runs alone.
             size: how much of ``max_size`` a request takes.
             window: seconds without a new request after which a batch starts.
+            lock: shared with other batchers whose batches must not run at the same time as this one's.
         """
         self._run = run
         self._max_size = max_size
         self._size = size
         self._window = window
         self._waiting: list[_Waiter[RequestT, ResultT]] = []
-        self._lock = anyio.Lock()
+        self._lock = lock or anyio.Lock()
 
     async def submit(self, request: RequestT) -> ResultT:
         """Return the request's result, or raise what ``run`` gave or raised for it."""

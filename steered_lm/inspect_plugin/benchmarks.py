@@ -1,8 +1,8 @@
-"""TruthfulQA and MMLU in Inspect: the items of lm-eval's tasks, answered by a letter or in words instead of by log-likelihood."""
+"""TruthfulQA and MMLU in Inspect: the items of lm-eval's tasks, answered by a letter or in words, or as there by log-likelihood."""
 
 from collections.abc import Mapping, Sequence
 from random import Random
-from typing import Any
+from typing import Any, Literal, get_args
 
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
@@ -10,11 +10,12 @@ from inspect_ai.model import ChatMessage, ChatMessageAssistant, ChatMessageUser,
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, accuracy, choice, grouped, mean, metric, scorer, stderr
 from inspect_ai.solver import MultipleChoiceTemplate, TaskState, generate, multiple_choice
 
-from steered_lm.benchmarks.mmlu import CATEGORY_OF, SHOTS, local_subjects, mmlu_rows, select_subjects
+from steered_lm.benchmarks.mmlu import CATEGORY_OF, LETTERS, SHOTS, local_subjects, mmlu_rows, select_subjects, upstream_context
 from steered_lm.benchmarks.truthful import (
     BOTH,
     KINDS,
     UNTIL,
+    choice_prompt,
     judged_metrics,
     overlap,
     prepared,
@@ -23,11 +24,20 @@ from steered_lm.benchmarks.truthful import (
     truthful_judges,
 )
 from steered_lm.benchmarks.truthfulqa import truthfulqa_rows
-from steered_lm.errors import JudgeError, UserError
+from steered_lm.errors import JudgeError, UserError, near_misses
+from steered_lm.inspect_plugin.likelihood_tasks import (
+    choice_likelihoods,
+    choice_sample,
+    likeliest_choice,
+    likelihood_task,
+    one_true,
+    refuse_other_models,
+)
 from steered_lm.inspect_plugin.refusal import plain_refusals
 from steered_lm.inspect_plugin.tasks import MissingGate, asking, judge_arguments, total
 
 VERSION = 1
+By = Literal["letter", "likelihood"]
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TEMPLATE = MultipleChoiceTemplate.SINGLE_ANSWER.value
 
@@ -43,19 +53,26 @@ def unanswered() -> Metric:
 
 
 @task
-def truthfulqa_mc1(seed: int = 0, data: str | None = None, max_tokens: int = 32) -> Task:
-    """TruthfulQA with a single true choice, answered by its letter.
+def truthfulqa_mc1(seed: int = 0, data: str | None = None, max_tokens: int = 32, by: str = "letter") -> Task:
+    """TruthfulQA with a single true choice, answered by its letter, or as in lm-eval by log-likelihood.
 
     Args:
         seed: what the order of each question's choices follows from: in the published data the true one is always first.
         data: a folder of local data; by default ``STEERED_LM_DATA``, and the hub without one.
         max_tokens: length limit of a reply.
+        by: ``letter``, or ``likelihood``: upstream's prompt and score, for which order and length do not count.
 
     Raises:
-        RefusalError: when the data is not to be had, or malformed.
+        RefusalError: when the data is not to be had, or malformed; for a model without log-likelihoods, when they are asked for.
     """
     with plain_refusals():
+        likely = _by_likelihood("truthfulqa_mc1", by)
         rows = truthfulqa_rows("multiple_choice", data)
+        if likely:
+            chosen = [choice_sample(row["id"], choice_prompt(row, "mc1"), **row["mc1_targets"]) for row in rows]
+            return likelihood_task(
+                "truthfulqa_mc1", chosen, choice_likelihoods("truthfulqa_mc1", delimiter=" ", chat=False), likeliest_choice(), by=by
+            )
         samples = [_lettered(row["id"], row["question"], row["mc1_targets"]["choices"], row["gold"], seed) for row in rows]
     return Task(
         dataset=MemoryDataset(samples, name="truthfulqa/multiple_choice", shuffled=True),
@@ -69,8 +86,15 @@ def truthfulqa_mc1(seed: int = 0, data: str | None = None, max_tokens: int = 32)
 
 
 @task
-def mmlu(subjects: str | list[str] = "all", fewshot: int = 0, seed: int | None = None, data: str | None = None, max_tokens: int = 32) -> Task:
-    """MMLU, answered by a letter.
+def mmlu(
+    subjects: str | list[str] = "all",
+    fewshot: int = 0,
+    seed: int | None = None,
+    data: str | None = None,
+    max_tokens: int = 32,
+    by: str = "letter",
+) -> Task:
+    """MMLU, answered by a letter that the model writes, or as in lm-eval by the likeliest letter.
 
     Args:
         subjects: names with commas between them: subjects, categories (``stem``, ``humanities``, ``social_sciences``, ``other``) or ``all``,
@@ -79,34 +103,66 @@ def mmlu(subjects: str | list[str] = "all", fewshot: int = 0, seed: int | None =
         seed: shuffles each question's choices; None keeps the published order, which upstream's tasks have too.
         data: a folder of local data; by default ``STEERED_LM_DATA``, and the hub without one.
         max_tokens: length limit of a reply.
+        by: ``letter``, or ``likelihood``: upstream's plain prompt and score, in the published order.
 
     Raises:
-        RefusalError: for an unknown subject, and when the data is not to be had, or malformed.
+        RefusalError: for an unknown subject, and when the data is not to be had, or malformed; for a model without log-likelihoods, when they are
+            asked for.
     """
     with plain_refusals():
+        likely = _by_likelihood("mmlu", by)
+        if likely and seed is not None:
+            raise UserError(f"seed={seed!r} does not go with by='likelihood', which asks upstream's questions in the published order. Leave it out.")
         if isinstance(fewshot, bool) or not isinstance(fewshot, int) or not 0 <= fewshot <= SHOTS:
             raise UserError(f"fewshot={fewshot!r} is not possible: MMLU has {SHOTS} examples a subject. Allowed: 0 to {SHOTS}.")
         chosen = select_subjects(subjects)
         present = local_subjects(data) if subjects == "all" else None
+        if likely:
+            sampled = [sample for subject in present or chosen for sample in _likely_samples(subject, fewshot, data)]
+            solving, facts = choice_likelihoods("mmlu", delimiter=" ", chat=False), {"by": by, "fewshot": fewshot, "subjects": present or chosen}
+            return likelihood_task("mmlu", sampled, solving, likeliest_choice(), [accuracy(), stderr(), _by_category()], **facts)
         samples = [sample for subject in present or chosen for sample in _mmlu_samples(subject, fewshot, seed, data)]
     return Task(
         dataset=MemoryDataset(samples, name="mmlu", shuffled=seed is not None),
         solver=multiple_choice(),
         scorer=choice(),
-        metrics=[accuracy(), stderr(), unanswered(), grouped(accuracy(), "category", all=False)],
+        metrics=[accuracy(), stderr(), unanswered(), _by_category()],
         config=GenerateConfig(max_tokens=max_tokens, temperature=0.0),
         version=VERSION,
         metadata={"version": VERSION, "fewshot": fewshot, "seed": seed, "subjects": present or chosen},
     )
 
 
-def _mmlu_samples(subject: str, fewshot: int, seed: int | None, data: str | None) -> list[Sample]:
+def _by_category() -> Metric:
+    return grouped(accuracy(), "category", all=False)
+
+
+def _by_likelihood(name: str, by: str) -> bool:
+    """Return whether choices are scored by log-likelihood, after a look at whether the model can."""
+    if by not in get_args(By):
+        raise UserError(f"by={by!r} is not known. {near_misses(by, get_args(By))}")
+    if by == "likelihood":
+        refuse_other_models(name)
+    return by == "likelihood"
+
+
+def _examples(subject: str, fewshot: int, data: str | None) -> list[dict[str, Any]]:
     examples = mmlu_rows(subject, "dev", data)[:fewshot] if fewshot else []
     if len(examples) < fewshot:
         raise UserError(f"fewshot={fewshot}, but dev has {len(examples)} questions about {subject!r}. Add some, or lower fewshot.")
+    return examples
+
+
+def _likely_samples(subject: str, fewshot: int, data: str | None) -> list[Sample]:
+    examples, facts = _examples(subject, fewshot, data), {"subject": subject, "category": CATEGORY_OF[subject]}
+    rows = mmlu_rows(subject, "test", data)
+    return [choice_sample(row["id"], upstream_context(row, examples), LETTERS, one_true(row["gold"], len(LETTERS)), **facts) for row in rows]
+
+
+def _mmlu_samples(subject: str, fewshot: int, seed: int | None, data: str | None) -> list[Sample]:
     # the turns before the question, in the form that the solver gives it
     turns: list[ChatMessage] = []
-    for row in examples:
+    for row in _examples(subject, fewshot, data):
         turns += [ChatMessageUser(content=_asked(row["question"], row["choices"])), ChatMessageAssistant(content=f"ANSWER: {_LETTERS[row['gold']]}")]
     facts = {"subject": subject, "category": CATEGORY_OF[subject]}
     return [_lettered(row["id"], row["question"], row["choices"], row["gold"], seed, turns, facts) for row in mmlu_rows(subject, "test", data)]

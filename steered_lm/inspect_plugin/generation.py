@@ -170,7 +170,7 @@ class Replier:
 
     def _replies(self, request: Request, generated: Sequence[Generated]) -> list[Reply] | Exception:
         if any(one.ended == "nan" for one in generated):
-            return _nan_error(steered=bool(self._engine.steerer.compile(request.rows[0].spec).sites))
+            return nan_error("next-token scores", steered=bool(self._engine.steerer.compile(request.rows[0].spec).sites))
         return [self._reply(one, request) for one in generated]
 
     def _reply(self, generated: Generated, request: Request) -> Reply:
@@ -179,9 +179,10 @@ class Replier:
         return Reply(text[: min(cuts)] if cuts else text, len(generated.tokens), "stop" if generated.ended == "stop" else request.limit)
 
 
-def _nan_error(*, steered: bool) -> ModelError:
+def nan_error(what: str, *, steered: bool) -> ModelError:
+    """Return the error that says that a model gave NaN, and what to do."""
     if steered:
         return ModelError(
-            "the steered model gave NaN next-token scores: the steering drives the activations out of range. Use a smaller alpha, or dtype=float32."
+            f"the steered model gave NaN {what}: the steering drives the activations out of range. Use a smaller alpha, or dtype=float32."
         )
-    return ModelError("the model gave NaN next-token scores without any steering. Use dtype=float32, or check the checkpoint.")
+    return ModelError(f"the model gave NaN {what} without any steering. Use dtype=float32, or check the checkpoint.")

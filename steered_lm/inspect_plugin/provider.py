@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import anyio
 from inspect_ai.model import (
     ChatCompletionChoice,
     ChatMessage,
@@ -21,13 +22,17 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 
 from steered_lm.chat import render_chat
 from steered_lm.config import content_hash, file_hash
-from steered_lm.engine import Engine, GenerationRow, Sampling
+from steered_lm.engine import Engine, GenerationRow, Sampling, ScoreRequest
+from steered_lm.engine.encoding import Encoder
 from steered_lm.engine.memory import parse_size
 from steered_lm.errors import ModelError, SpecError
 from steered_lm.inspect_plugin.batcher import Batcher
 from steered_lm.inspect_plugin.generation import Replier, Reply, Request, StopReason, take_defaults
+from steered_lm.inspect_plugin.likelihoods import Likelihood, LikelihoodRequest
 from steered_lm.inspect_plugin.loading import ProviderOptions, load_model, load_tokenizer
 from steered_lm.inspect_plugin.refusal import plain_refusals
+from steered_lm.inspect_plugin.scoring import Scorer, Texts
+from steered_lm.measure.passages import Passage, windows
 from steered_lm.seeds import repeat_seed, row_seed
 from steered_lm.steering.hooks import Steerer
 from steered_lm.steering.spec import INLINE_KEYS, SteeringSpec, spec_from_args
@@ -62,7 +67,7 @@ class SteeredHFAPI(ModelAPI):
     by itself, letting waiting rows take the places of finished ones.
 
     Attributes:
-        engine: what generates; ``engine.report`` says what ran.
+        engine: what generates and scores; ``engine.report`` says what ran.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class SteeredHFAPI(ModelAPI):
             ends = self._defaults.end_ids
             self.engine = Engine(self.steerer, self.tokenizer, end_ids=ends, max_rows=rows, memory_budget=budget, gemm=self.options.gemm)
             self.closed = False
+            self._encoder = Encoder(self.tokenizer, self.model.config)
             self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         # without an entry Inspect asks the provider, and so loads the model once more, unsteered, to learn its context length
         set_model_info(f"steered-hf/{model_name}", ModelInfo(context_length=self.context))
@@ -102,7 +108,11 @@ class SteeredHFAPI(ModelAPI):
         settings = self.options.model_dump(mode="json", exclude={"batch_size", "memory_budget"})
         self.base_url = f"{_BASE_URL}{content_hash([digest, settings])[:16]}"
         replier = Replier(self.engine, ends, exact=self.options.exact)
-        self._batcher = Batcher[Request, list[Reply]](replier.answer, max_size=rows or _AUTO_ROWS, size=lambda request: len(request.rows))
+        # one model, one set of hooks: replies and log-likelihoods take turns
+        turns = anyio.Lock()
+        self._batcher = Batcher[Request, list[Reply]](replier.answer, max_size=rows or _AUTO_ROWS, size=lambda request: len(request.rows), lock=turns)
+        scorer = Scorer(self.engine, self._encoder.max_length, exact=self.options.exact)
+        self._likelihoods = Batcher[Texts, list[Likelihood]](scorer.answer, max_size=_AUTO_ROWS, size=len, lock=turns)
 
     async def generate(self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig) -> ModelOutput:
         """Return the model's reply to a conversation.
@@ -112,10 +122,8 @@ class SteeredHFAPI(ModelAPI):
                 request's own that does not fit.
         """
         with plain_refusals():
-            if self.closed:
-                raise ModelError(f"model {self.model_name!r} was closed. Ask for it again with get_model().")
             _refuse_unsupported(tools, config)
-            self._refuse_changed_spec()
+            self._refuse_closed_or_changed()
             spec = self._request_spec(config)
             prompt = render_chat(self.tokenizer, [_plain(message) for message in input], prompt_format=self.options.prompt_format)
             tokens = tuple(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
@@ -132,6 +140,40 @@ class SteeredHFAPI(ModelAPI):
             usage=ModelUsage(input_tokens=len(tokens), output_tokens=made, total_tokens=len(tokens) + made),
             metadata={"steering": spec.digest if spec else None} | ({"seed": seed} if samplings[0].temperature > 0 else {}),
         )
+
+    async def loglikelihoods(
+        self,
+        requests: Sequence[LikelihoodRequest],
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008 - as in generate; never changed
+    ) -> list[Likelihood]:
+        """Return the log-likelihood of each text, in order: what lm-eval gives with the same model, spec and texts.
+
+        Requests that are awaited at the same time form a batch, in which what they share runs once; no reply is written meanwhile.
+
+        Args:
+            requests: texts, and what stands before each.
+            config: only ``extra_body={"steering": …}`` is read, as in :meth:`generate`.
+
+        Raises:
+            RefusalError: for a text without a token, or longer than the model takes after its context; for a spec that does not fit; and when the
+                steering drives the activations out of range (NaN).
+        """
+        with plain_refusals():
+            self._refuse_closed_or_changed()
+            spec = self._request_spec(config)
+            asked = tuple(self._score_requests(request, spec) for request in requests)
+            return await self._likelihoods.submit(asked) if asked else []
+
+    def _score_requests(self, request: LikelihoodRequest, spec: SteeringSpec | None) -> tuple[ScoreRequest, ...]:
+        if request.context is None:
+            tokens = self._encoder.encode(request.text)
+            whole = [Passage("text", (self._encoder.prefix,), tokens)] if tokens else []
+            return tuple(ScoreRequest(w.context, w.tokens, spec, w.response_start) for w in windows(whole, self._encoder.max_length))
+        if isinstance(request.context, str):
+            return (ScoreRequest(*self._encoder.pair(request.context, request.text), spec),)
+        prompt_format = self.options.prompt_format
+        prompt = render_chat(self.tokenizer, [_plain(message) for message in request.context], prompt_format=prompt_format)
+        return (ScoreRequest(*self._encoder.chat_pair(prompt, request.text, prompt_format), spec),)
 
     def _choice(self, reply: Reply) -> ChatCompletionChoice:
         message = ChatMessageAssistant(content=reply.text, model=self.model_name, source="generate")
@@ -176,7 +218,9 @@ class SteeredHFAPI(ModelAPI):
             )
         return _spec_of(extra["steering"])
 
-    def _refuse_changed_spec(self) -> None:
+    def _refuse_closed_or_changed(self) -> None:
+        if self.closed:
+            raise ModelError(f"model {self.model_name!r} was closed. Ask for it again with get_model().")
         path = Path(self.options.steering).expanduser() if self.options.steering else None
         if path is not None and path.is_file() and file_hash(path) != self._spec_hash:
             raise SpecError(
@@ -189,7 +233,7 @@ class SteeredHFAPI(ModelAPI):
         if not self.closed:
             self.steerer.close()
             self.closed = True
-            del self.model, self.steerer, self.engine, self._batcher
+            del self.model, self.steerer, self.engine, self._batcher, self._likelihoods
 
     def max_tokens(self) -> int:
         """Return how many tokens are generated at most when a task does not say."""
@@ -223,7 +267,9 @@ def _refuse_unsupported(tools: Sequence[ToolInfo], config: GenerateConfig) -> No
         raise ModelError(f"steered-hf does not call tools ({', '.join(tool.name for tool in tools)} given). Use a task or a solver without tools.")
     given = [name for name in _NOT_SUPPORTED if getattr(config, name)]
     if given:
-        raise ModelError(f"steered-hf does not support {', '.join(given)}. Leave it out; for log-probabilities use lm_eval --model steered-hf.")
+        raise ModelError(
+            f"steered-hf does not support {', '.join(given)}. Leave it out; log-probabilities of whole texts are what loglikelihoods gives."
+        )
 
 
 def _plain(message: ChatMessage) -> dict[str, str]:

@@ -4,6 +4,7 @@ from inspect_ai.model import ModelAPI, modelapi
 
 from steered_lm.inspect_plugin.benchmarks import mmlu, truthfulqa_gen, truthfulqa_mc1
 from steered_lm.inspect_plugin.lamp import lamp_1, lamp_2, lamp_3, lamp_4, lamp_5, lamp_6, lamp_7
+from steered_lm.inspect_plugin.likelihood_tasks import perplexity, tiny_knowledge, tiny_truth, truthfulqa_mc2
 from steered_lm.inspect_plugin.tasks import persona_judge
 from steered_lm.inspect_plugin.traits import (
     pv_apathetic,
@@ -25,6 +26,7 @@ __all__ = [
     "lamp_6",
     "lamp_7",
     "mmlu",
+    "perplexity",
     "persona_judge",
     "pv_apathetic",
     "pv_evil",
@@ -35,8 +37,11 @@ __all__ = [
     "pv_sycophantic",
     "pv_trait",
     "steered_hf",
+    "tiny_knowledge",
+    "tiny_truth",
     "truthfulqa_gen",
     "truthfulqa_mc1",
+    "truthfulqa_mc2",
 ]
 
 

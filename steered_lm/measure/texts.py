@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
-from steered_lm.config import json_objects
+from steered_lm.config import Config, json_objects
 from steered_lm.content import content_dir
 from steered_lm.errors import UserError, near_misses
 
@@ -12,6 +12,38 @@ Split = Literal["paragraph", "line", "file"]
 ENGLISH = "english"
 """The short text of ours that is used when none is named."""
 _FIELD = "text"
+
+
+class PerplexityOptions(Config):
+    """What a task of perplexity reads, in both harnesses.
+
+    Attributes:
+        text: a text file, JSONL with ``text`` in each line, or a text of ours: ``english``, ``tiny_talk``.
+        split: where a document of a text file ends: ``paragraph``, ``line`` or ``file``.
+    """
+
+    text: str = ENGLISH
+    split: Split = "paragraph"
+
+    def documents(self) -> list[str]:
+        """Return the text's documents, in order.
+
+        Raises:
+            UserError: when the file is missing or holds no text.
+        """
+        return read_documents(text_file(self.text), self.split)
+
+
+class Sizes(NamedTuple):
+    """How many words and bytes a text has, as lm-eval counts them."""
+
+    words: int
+    bytes: int
+
+
+def sizes(text: str) -> Sizes:
+    """Return a text's number of words (parts between white space) and of bytes in UTF-8."""
+    return Sizes(len(re.split(r"\s+", text)), len(text.encode("utf-8")))
 
 
 def text_file(name: Path | str) -> Path:
