@@ -556,6 +556,7 @@ def test_the_command_writes_page_table_and_data(spec, tmp_path):
     arguments = ["cost", "--steering", str(spec), "--sweep", "alpha=1,2", "--task", "tiny_knowledge", "--trait", "formality"]
     found = CliRunner().invoke(app, [*arguments, "--text", "tiny_talk", "--limit", "8", "--out", str(out)])
     assert found.exit_code == 0, found.output
+    assert "it/s" not in found.output, "a library drew a bar of its own"
     assert (out / "cost.html").is_file()
     data = json.loads((out / "cost.json").read_text())["data"]
     assert {measure["name"] for measure in data["measures"]} >= {"tiny_knowledge", "trait formality", "perplexity of tiny_talk", "kl"}

@@ -16,6 +16,7 @@ from steered_lm.cost.sweep import Sweep
 from steered_lm.errors import UserError
 from steered_lm.harness.chat_task import ChatTask
 from steered_lm.harness.items import ItemResult, load_task
+from steered_lm.harness.quiet import quiet_loading
 from steered_lm.judges import COMPUTED
 from steered_lm.measure.means import TokenMean
 from steered_lm.report.assemble import provenance
@@ -42,6 +43,7 @@ class _Results(NamedTuple):
     kl: dict[str, TokenMean]
 
 
+@quiet_loading()
 def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: None) -> CostData:
     """Measure everything that is asked for, and return the data of the page.
 
