@@ -113,6 +113,7 @@ def cost_html(report: CostReport) -> str:
             group_levels={(one.measure, one.group): one.level for one in analysis.group_levels},
             subjects={(one.arm, one.measure, one.group): one for one in analysis.groups},
             families={role: sum(_role(data, c) == role for c in analysis.changes) for role in ("benefit", "cost")},
+            moved=list({change.measure for change in analysis.changes if change.direction}),
             traded=drawn_benefits(data, analysis),
             in_table=[measure.name for measure in data.measures if in_table(data, measure)],
             main_arms=[arm for arm in data.arms if arm.series is not None],

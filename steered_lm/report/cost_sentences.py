@@ -96,7 +96,10 @@ def losses(data: CostData, analysis: CostAnalysis, series: str, but: Sequence[st
         if lost:
             worst = max(lost, key=lambda change: abs(change.difference.mean or 0.0))
             found.append(f"{one.measure.name} {change_words(worst)} under {worst.arm}")
-    return [sentence("bad", f"Losses are established further on, the largest of each: {some(found)}.")] if found else []
+    and_more = f"; and {len(found) - MOST} more costs" if len(found) > MOST else ""
+    return (
+        [sentence("bad", f"Over the whole sweep losses are established, the largest of each: {'; '.join(found[:MOST])}{and_more}.")] if found else []
+    )
 
 
 def costs_of(data: CostData, analysis: CostAnalysis, arm: CostArm, where: str) -> list[Sentence]:

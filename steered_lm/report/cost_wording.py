@@ -26,7 +26,7 @@ def loss_words(measure: Measure, loss: float | None) -> str:
     unit = unit_of(measure)
     if unit == "nats a token":
         return f"{plain(loss, 3)} nats a token"
-    return plain(100.0 * loss, 1) + {"points": " points", "times": "% growth"}.get(unit, "% of the scale")
+    return plain(100.0 * loss, 1 if abs(loss) < 10.0 else 0) + {"points": " points", "times": "% growth"}.get(unit, "% of the scale")
 
 
 def change_words(change: Change | Shown | None) -> str:
@@ -113,16 +113,16 @@ def noun(measure: Measure) -> str:
 
 
 def missing_words(measure: Measure, arm: str) -> list[str]:
-    """Return which items of an arm's row are missing and why, in lines, and how many of its responses have no value."""
+    """Return which items of an arm's row are missing and why, and how many values of its single responses are."""
     values, unsteered = measure.values[arm], measure.values[UNSTEERED]
     own = [value is None for value in values]
     others = sum(value is None and not gone for value, gone in zip(unsteered, own, strict=True))
-    found = [f"{reason}: {count(items, 'item')}" for reason, items in measure.reasons.get(arm, {}).items()]
+    found = [f"{count(items, 'item')} ({reason})" for reason, items in measure.reasons.get(arm, {}).items()]
     if others and arm != UNSTEERED:
-        found += [f"without a value under unsteered alone: {count(others, 'item')}"]
+        found += [f"{count(others, 'item')} under unsteered alone"]
     judged = measure.judged.get(arm)
     if judged is not None and judged.missing:
-        found.append(f"{judged.missing} of {count(judged.responses, 'response')} without a value")
+        found.append(f"the values of {judged.missing} of {count(judged.responses, 'response')}")
     return found
 
 
@@ -131,7 +131,7 @@ def absent_words(measure: Measure, arm: CostArm) -> str:
     if measure.kind == "tokens" and not measure.exponentiate and not arm.steered:
         return "not measured: it is the distance that steering moves the model, and this arm is not steered"
     if measure.kind == "tokens" and SYSTEM in arm.settings:
-        return "not measured: a plain text has no prompt that the system turn could be part of"
+        return "not measured: a plain text has no prompt that the system turn could be part of; a file of prompts and responses has"
     return "not measured"
 
 
