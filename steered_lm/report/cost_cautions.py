@@ -32,7 +32,7 @@ def cautions(data: CostData, analysis: CostAnalysis, arms: Sequence[CostArm]) ->
     tested = [m for m in data.measures if m.role != "note" and in_table(data, m)]
     absent = [f"{m.name} under {arm.name}" for m in tested for arm in arms if arm.name not in m.values]
     if absent:
-        found.append(f"Not measured: {some(absent)}.")
+        found.append(f"Not measured: {some(absent).rstrip('.')}.")
     return [Sentence(tone="warning", text=text) for text in found if text]
 
 

@@ -26,6 +26,8 @@ def cost_headline(data: CostData, analysis: CostAnalysis) -> Headline:
         tone, title = _reach_title(data, joint)
         # both sides of zero tell the same of a benefit where neither side reaches anything
         sentences = list(dict.fromkeys(one for reach in joint for one in _at_reach(data, analysis, reach)))
+        aside = [arm for arm in arms if arm.x is None]
+        sentences += [one for arm in aside[:_ONE_BY_ONE] for one in _of_arm(data, analysis, arm)]
     else:
         tone, title = _plain_title(data, analysis, arms)
         if len(arms) > _ONE_BY_ONE:

@@ -152,7 +152,8 @@ def _together(found: Sequence[_Changed], where: str, role: str, *, told: int, un
     if rest:
         names = some([one.measure.name for one in rest])
         what = "trait" if all(one.measure.trait is not None for one in found) else role
-        one_of = f"{where}of {count(len(found), what)}, {len(rest)} {'shows' if len(rest) == 1 else 'show'} no established change{under}"
+        shows = f"{len(rest)} {'shows' if len(rest) == 1 else 'show'} no" if len(rest) < len(found) else "none shows an"
+        one_of = f"{where}of {count(len(found), what)}, {shows} established change{under}"
         said.append(sentence("unclear", f"{one_of}: {names}{_widest(rest)}."))
     return said
 
