@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 class _Bar:
     """Columns are few and narrow, so that a bar and its note fit into 80 characters."""
 
-    def __init__(self, console: Console, last: ProgressColumn) -> None:
-        self._progress = Progress(TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), last, console=console)
+    def __init__(self, console: Console, last: ProgressColumn, *, transient: bool = False) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), last)
+        self._progress = Progress(*columns, console=console, transient=transient, disable=transient and not console.is_interactive)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -27,9 +28,9 @@ class _Bar:
 class StepBar(_Bar):
     """One bar a step, for callbacks of the form ``(what, done, total)``."""
 
-    def __init__(self, console: Console) -> None:
-        """Draw on a console."""
-        super().__init__(console, TimeElapsedColumn())
+    def __init__(self, console: Console, *, transient: bool = False) -> None:
+        """Draw on a console; a transient bar is gone when it ends, and is not drawn at all where nothing can be drawn over."""
+        super().__init__(console, TimeElapsedColumn(), transient=transient)
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:

@@ -387,6 +387,32 @@ def test_what_is_missing_of_coherence_is_told_apart_from_what_is_missing_of_the_
     assert data.samples[0].replies[0].missing is None, "the reply has a score of the trait"
 
 
+def test_of_several_responses_reasons_count_items_and_verdicts_are_counted_by_response(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def by_lot(number, body, headers):
+        drawn = hashlib.sha256(json.dumps(body["messages"]).encode()).digest()[0]
+        return guesses({"Well" if drawn < 128 else "40": -0.01})
+
+    server = FaultServer(by_lot)
+    try:
+        chosen = {"traits": ("evil",), "judge": "openai:m", "judge_options": {"base_url": server.url}, "samples": 2, "max_new_tokens": 8}
+        data = run_cost(settings(spec, tmp_path, **chosen, limit=8, missing_limit=0.9))
+    finally:
+        server.close()
+    evil = next(measure for measure in data.measures if measure.trait == "evil")
+    for arm, values in evil.values.items():
+        gone, judged = values.count(None), evil.judged[arm]
+        assert judged.responses == 16
+        assert sum(evil.reasons[arm].values()) == gone
+        assert 2 * gone <= judged.missing <= 16 - (8 - gone)
+    assert evil.judged[UNSTEERED].missing > 2 * evil.values[UNSTEERED].count(None), "some item has one of its two values"
+    rows = [row for row in csv.DictReader(cost_csv(build_cost(data)).splitlines()) if row["measure"] == "trait evil"]
+    assert [(row["responses"], row["responses_missing"]) for row in rows] == [("16", str(evil.judged[row["arm"]].missing)) for row in rows]
+    assert data.samples[0].scored == "trait evil, mean of 2 responses of which this is the first"
+
+
 def test_trained_models_go_by_the_names_of_their_experiments_or_folders(tmp_path):
     work = tmp_path / "1f" / "work"
     (work / "adapter").mkdir(parents=True)
@@ -419,6 +445,25 @@ def test_a_trained_and_a_prompted_model_answer_the_same_items(spec, tmp_path):
         assert measure.values["trained: same"] == pytest.approx(measure.values[UNSTEERED], rel=1e-5)
     with pytest.raises(UserError, match=r"peft='.*nowhere' holds no adapter"):
         run_cost(settings(spec, tmp_path, peft={"x": tmp_path / "nowhere"}))
+
+
+def test_a_prompted_model_has_the_perplexity_of_replies_to_prompts(spec, tmp_path):
+    system = "Use formal wording in every sentence."
+    lines = [
+        {"id": f"r{i}", "prompt": f"What do you say to {who}?", "response": "I was glad to see them."} for i, who in enumerate(("Ann", "Bob", "Cy"))
+    ]
+    given, with_system = tmp_path / "replies.jsonl", tmp_path / "prompted.jsonl"
+    given.write_text("".join(json.dumps({**line, "system": "Be brief."}) + "\n" for line in lines))
+    with_system.write_text("".join(json.dumps({**line, "system": system}) + "\n" for line in lines))
+    data = run_cost(settings(spec, tmp_path, text=str(given), system=(system,)))
+    alone = run_cost(settings(spec, tmp_path, text=str(with_system)))
+    perplexity, kl = data.measures[-2:]
+    assert perplexity.items == ("r0", "r1", "r2")
+    assert perplexity.values[f"prompted: {system}"] == pytest.approx(alone.measures[-2].values[UNSTEERED], rel=1e-5)
+    assert perplexity.values[f"prompted: {system}"] != pytest.approx(perplexity.values[UNSTEERED], rel=1e-3)
+    assert list(kl.values) == [UNSTEERED, "formal"]
+    with pytest.raises(UserError, match=r"item 'r0' has \d+ tokens, prompt and response together"):
+        run_cost(settings(spec, tmp_path, text=str(given), system=("Be formal. " * 400,)))
 
 
 def save_adapter(folder, scale):
@@ -556,6 +601,7 @@ def test_the_command_writes_page_table_and_data(spec, tmp_path):
     arguments = ["cost", "--steering", str(spec), "--sweep", "alpha=1,2", "--task", "tiny_knowledge", "--trait", "formality"]
     found = CliRunner().invoke(app, [*arguments, "--text", "tiny_talk", "--limit", "8", "--out", str(out)])
     assert found.exit_code == 0, found.output
+    assert "it/s" not in found.output, "a library drew a bar of its own"
     assert (out / "cost.html").is_file()
     data = json.loads((out / "cost.json").read_text())["data"]
     assert {measure["name"] for measure in data["measures"]} >= {"tiny_knowledge", "trait formality", "perplexity of tiny_talk", "kl"}

@@ -1,16 +1,21 @@
+import logging
 import random
 import threading
 import time
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from lm_eval.api import task as lm_eval_task
 from tiny_harness import LengthJudge, save_model, save_vectors, spec_of
+from transformers.utils import logging as transformers_logging
 
 from steered_lm.errors import JudgeError
 from steered_lm.harness.chat_task import load_tasks
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.harness.population import HarnessObjective, evaluate_choices
+from steered_lm.harness.quiet import quiet, quiet_loading
 from steered_lm.judges.base import JudgeRequest
 from steered_lm.judges.cache import JudgeCache
 from steered_lm.judges.cached import CachedJudge
@@ -216,3 +221,17 @@ def test_sampling_depends_on_its_own_seed_and_on_nothing_else(lm, persona):
 
     assert replies(1, noise=5) == replies(1, noise=6)
     assert replies(1, noise=5) != replies(2, noise=5)
+
+
+def test_while_quiet_libraries_draw_nothing_but_lm_eval_still_warns_and_after_that_all_is_as_before(lm, capsys, caplog):
+    theirs, bar = logging.getLogger("lm_eval"), lm_eval_task.tqdm
+    before = (theirs.level, lm.quiet, transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled())
+    with quiet(lm), quiet_loading():
+        assert list(lm_eval_task.tqdm([1, 2])) == [1, 2]
+        datasets.Dataset.from_list([{"a": 1}]).map(lambda row: row)
+        theirs.info("a notice")
+        theirs.warning("a warning")
+    assert capsys.readouterr().err == ""
+    assert caplog.messages == ["a warning"]
+    assert before == (theirs.level, lm.quiet, transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled())
+    assert lm_eval_task.tqdm is bar

@@ -55,6 +55,7 @@ def test_an_experiment_goes_from_its_file_to_a_page_by_four_commands(tmp_path, e
     assert "succeeded (3)" in invoke("status", file)
     said = invoke("evaluate", file)
     assert "clown on optimistic: finished\n6 finished, 0 reused, 0 skipped, 0 failed\n" in said
+    assert "it/s" not in said, "a library drew a bar of its own"
     assert "0 finished, 6 reused, 0 skipped, 0 failed" in invoke("evaluate", file)
     said = invoke("results", file, "--out", tmp_path / "out")
     data = json.loads((tmp_path / "out" / "results.json").read_text())

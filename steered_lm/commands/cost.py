@@ -155,7 +155,8 @@ def _show(report: "CostReport") -> None:
 
 
 def _cell(report: "CostReport", arm: str, measure: "Measure") -> str:
-    from steered_lm.report.cost_headline import change_words, write_level
+    from steered_lm.report.cost_wording import change_words, write_level
+    from steered_lm.report.wording import count
 
     level, change = report.analysis.level(arm, measure.name), report.analysis.change(arm, measure.name)
     if level is None:
@@ -165,5 +166,5 @@ def _cell(report: "CostReport", arm: str, measure: "Measure") -> str:
         return f"{write_level(measure, level.value)}\n({ends[0]} to {ends[1]})"
     star = "*" if change.p_holm is not None and change.p_holm < 0.05 else ""
     number, _, interval = change_words(change).partition(" ")
-    missing = f"\n{change.difference.missing} missing" if change.difference.missing else ""
+    missing = f"\n{count(change.difference.missing, 'item')} missing" if change.difference.missing else ""
     return f"{number}{star}\n{interval}{missing}"

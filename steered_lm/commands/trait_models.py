@@ -14,6 +14,7 @@ from rich.table import Table
 from steered_lm.commands.trait_cache import steps_app
 from steered_lm.config import write_atomic
 from steered_lm.errors import MissingDependencyError, near_misses
+from steered_lm.progress import StepBar
 
 if TYPE_CHECKING:
     from steered_lm.trait_models.jobs import ModelState
@@ -85,15 +86,22 @@ def evaluate(config: Config) -> None:
     from steered_lm.trait_models.experiment import Experiment
     from steered_lm.trait_models.workflow import evaluate as evaluate_models
 
+    experiment = Experiment.load(config)
+    done: list[str] = []
+    total = len(experiment.models) * len(experiment.evaluation.tasks)
+
     def show(outcome: "EvaluationState") -> None:
+        done.append(outcome.task)
         told = "" if outcome.reason is None else f": {outcome.reason}"
         mark = " (DUMMY)" if outcome.dummy else ""
         console.print(f"{outcome.model.name} on {outcome.task}: {outcome.status}{mark}{told}", soft_wrap=True, markup=False)
+        bar("measuring", len(done), total)
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), StepBar(console, transient=True) as bar:
         # PEFT's own use of transformers, once a model
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        found = evaluate_models(Experiment.load(config), show=show)
+        bar("measuring", 0, total)
+        found = evaluate_models(experiment, show=show)
     counts = {name: sum(one.status == name for one in found) for name in ("finished", "reused", "skipped", "failed")}
     console.print(", ".join(f"{number} {name}" for name, number in counts.items()))
     if counts["failed"]:

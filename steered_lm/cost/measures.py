@@ -55,6 +55,7 @@ class Reading(NamedTuple):
     chance: float | None = None
     trait: str | None = None
     bands: bool = False
+    beside: str | None = None
 
 
 def default_tasks(model: str) -> tuple[str, ...]:
@@ -111,7 +112,8 @@ def readings(task: ChatTask, planned: Planned) -> list[Reading]:
         about = f"how strongly responses show {planned.trait}, by the judge, 0 to 100"
         found = [Reading("trait_score", name, "benefit", "score", about, None, (0.0, 100.0), trait=planned.trait, bands=True)]
         if task.judges is not None and task.judges.coherence is not None:
-            found.append(Reading("coherence", f"coherence ({planned.trait})", "cost", "score", "by the judge, 0 to 100", scale=(0.0, 100.0)))
+            about = f"how coherent the same responses are as of {name}, by the judge, 0 to 100"
+            found.append(Reading("coherence", f"coherence ({planned.trait})", "cost", "score", about, scale=(0.0, 100.0), beside=name))
         return found
     if isinstance(task, TruthfulTask):
         return _of_truthful(task, name)

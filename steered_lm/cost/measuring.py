@@ -17,9 +17,10 @@ from steered_lm.harness.items import BROKEN, ItemResult, evaluate_items, task_di
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.judges.base import EMPTY, FINDINGS
 from steered_lm.measure.divergence import Calibration, calibrated, kl_to_unsteered, with_alpha
+from steered_lm.measure.examples import Example, holds_examples, read_examples
 from steered_lm.measure.means import TokenMean
-from steered_lm.measure.passages import Passage, read_passages, refuse_idle, windows
-from steered_lm.measure.perplexity import perplexities
+from steered_lm.measure.passages import Passage, read_passages, refuse_idle, reply_passages, windows
+from steered_lm.measure.perplexity import Perplexity, perplexities
 from steered_lm.measure.texts import ENGLISH, text_file
 from steered_lm.search.runlog import installed_versions
 from steered_lm.steering.spec import SteeringSpec
@@ -32,12 +33,17 @@ _FINDINGS = FINDINGS | {EMPTY, BROKEN}
 
 @dataclass(frozen=True)
 class Text:
-    """A text as a model reads it."""
+    """A text as a model reads it.
+
+    Attributes:
+        examples: its prompts with their replies; empty for a plain text, all of which is read.
+    """
 
     name: str
     digest: str
     passages: Sequence[Passage]
     length: int
+    examples: Sequence[Example] = ()
 
 
 def read_text(config: CostConfig, lm: SteeredHFLM) -> Text | None:
@@ -47,7 +53,7 @@ def read_text(config: CostConfig, lm: SteeredHFLM) -> Text | None:
     name = config.text or ("tiny_talk" if config.model.model == TINY_CHAT else ENGLISH)
     path = text_file(name)
     passages = read_passages(path, lm.tokenizer, lm.prefix_token_id, split=config.split, prompt_format=config.model.prompt_format)
-    return Text(name, file_hash(path), passages, lm.max_length)
+    return Text(name, file_hash(path), passages, lm.max_length, read_examples(path) if holds_examples(path) else ())
 
 
 def adapter_digest(folder: Path) -> str:
@@ -107,7 +113,8 @@ class Measuring:
             return
         try:
             refuse_idle([arm.spec for arm in arms if arm.main], self.text.passages)
-            windows(self.text.passages, self.text.length)
+            for passages in (self.text.passages, *(self._prompted(arm.system) for arm in arms if arm.system and self.text.examples)):
+                windows(passages, self.text.length)
         except UserError as problem:
             raise type(problem)(f"text={self.text.name!r}: {problem} Or leave perplexity out by text='none'.") from problem
 
@@ -133,7 +140,7 @@ class Measuring:
         return {name: list(found[name]) for name in keys}
 
     def perplexity(self, arms: Sequence[Arm]) -> dict[str, TokenMean]:
-        """Return the text's negative log-likelihoods by arm."""
+        """Return the text's negative log-likelihoods by arm; a prompted one reads the same replies with its system turn before them."""
         return self._tokens("perplexity", arms)
 
     def kl(self, arms: Sequence[Arm]) -> dict[str, TokenMean]:
@@ -147,17 +154,28 @@ class Measuring:
         keys = {arm.name: Cells.key(arm=_digest(arm), **facts) for arm in arms}
         found = {name: cell for name, key in keys.items() if (cell := self._cells.get(key, TokenMean)) is not None}
         lacking = [arm for arm in arms if arm.name not in found]
-        specs = [arm.spec for arm in lacking]
         if not lacking:
             made = []
         elif what == "perplexity":
-            made = [one.nll for one in perplexities(self.lm.engine, text.passages, specs, length=text.length)]
+            plain = [arm.spec for arm in lacking if arm.system is None]
+            read = iter(perplexities(self.lm.engine, text.passages, plain, length=text.length)) if plain else iter(())
+            made = [(next(read) if arm.system is None else self._perplexity_after(arm.system)).nll for arm in lacking]
         else:
-            made = kl_to_unsteered(self.lm.steerer, text.passages, specs, length=text.length)
+            made = kl_to_unsteered(self.lm.steerer, text.passages, [arm.spec for arm in lacking], length=text.length)
         for arm, mean in zip(lacking, made, strict=True):
             self._cells.put(keys[arm.name], mean)
             found[arm.name] = mean
         return {arm.name: found[arm.name] for arm in arms}
+
+    def _perplexity_after(self, system: str) -> Perplexity:
+        assert self.text is not None
+        (found,) = perplexities(self.lm.engine, self._prompted(system), [None], length=self.text.length)
+        return found
+
+    def _prompted(self, system: str) -> list[Passage]:
+        """Return the text's replies after their prompts with a system turn."""
+        assert self.text is not None
+        return reply_passages(self.text.examples, self.lm.tokenizer, self._config.model.prompt_format, system=system)
 
 
 def _digest(arm: Arm) -> Any:

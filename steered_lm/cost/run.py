@@ -4,6 +4,7 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from steered_lm.cost.arms import Arm, base_arms, load_specs, prompted_arm, side_effect_arms, trained_arm
@@ -11,11 +12,12 @@ from steered_lm.cost.cells import Cells, check_folder
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.gather import fluency_measures, item_measure, samples, token_measure
 from steered_lm.cost.measures import TRAIT_GROUPS, Planned, default_tasks, plan_task, plan_trait, readings
-from steered_lm.cost.measuring import Measuring, adapter_digest, read_text
+from steered_lm.cost.measuring import Measuring, Text, adapter_digest, read_text
 from steered_lm.cost.sweep import Sweep
 from steered_lm.errors import UserError
 from steered_lm.harness.chat_task import ChatTask
 from steered_lm.harness.items import ItemResult, load_task
+from steered_lm.harness.quiet import quiet_loading
 from steered_lm.judges import COMPUTED
 from steered_lm.measure.means import TokenMean
 from steered_lm.report.assemble import provenance
@@ -42,6 +44,7 @@ class _Results(NamedTuple):
     kl: dict[str, TokenMean]
 
 
+@quiet_loading()
 def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: None) -> CostData:
     """Measure everything that is asked for, and return the data of the page.
 
@@ -86,10 +89,10 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     counter.end()
     logger.info("%d measurements made, %d reused from %s", cells.made, cells.reused, cells.folder)
     every = [*arms, *trained]
-    measures, replies = _gathered(loaded, results, text.name if text else "", [arm.name for arm in every if arm.main])
+    measures, replies = _gathered(loaded, results, text, [arm.name for arm in every if arm.main])
     digests = {f"spec {name}": spec.digest for name, spec in specs.items()} | {f"adapter {name}": digest for name, digest in adapters.items()}
     return CostData(
-        title=f"What steering {config.model.model} buys and costs",
+        title=f"What steering {_short(config.model.model)} buys and costs",
         model=info,
         axis=next((sweep.name for sweep in sweeps.values() if sweep is not None), None),
         arms=tuple(arm.shown for arm in every),
@@ -101,6 +104,11 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
         provenance=provenance({what: digest[:16] for what, digest in digests.items()}),
         seed=config.seed,
     )
+
+
+def _short(model: str) -> str:
+    """Return a model's name, without the folders around it where it is one."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _sweep(text: str, name: str, spec: SteeringSpec) -> Sweep:
@@ -141,14 +149,14 @@ def _measured(model: Measuring, loaded: Sequence[_Loaded], arms: Sequence[Arm], 
     if model.text is None:
         return _Results(found, {}, {})
     counter.begin(f"perplexity of {model.text.name}")
-    # a text has no prompt that a system turn could be part of
-    plain = [arm for arm in arms if arm.main and arm.system is None]
-    # the divergence is from the same model unsteered: of a trained one it would say nothing
-    steered = plain if any(arm.name == UNSTEERED for arm in plain) else []
-    return _Results(found, model.perplexity(plain), model.kl(steered))
+    # a plain text has no prompt that a system turn could be part of
+    readers = [arm for arm in arms if arm.main and (arm.system is None or model.text.examples)]
+    # the divergence is from the same model unsteered: of a trained or a prompted one it would say nothing
+    steered = [arm for arm in readers if arm.system is None] if any(arm.name == UNSTEERED for arm in readers) else []
+    return _Results(found, model.perplexity(readers), model.kl(steered))
 
 
-def _gathered(loaded: Sequence[_Loaded], results: _Results, text: str, arms: Sequence[str]) -> tuple[list[Measure], tuple[Sample, ...]]:
+def _gathered(loaded: Sequence[_Loaded], results: _Results, text: Text | None, arms: Sequence[str]) -> tuple[list[Measure], tuple[Sample, ...]]:
     found: list[Measure] = []
     written: dict[str, dict[str, list[ItemResult]]] = {}
     for one in loaded:
@@ -156,10 +164,11 @@ def _gathered(loaded: Sequence[_Loaded], results: _Results, text: str, arms: Seq
         found += [item_measure(reading, items, grouped=len(one.tasks) > 1) for reading in readings(one.tasks[0], one.planned)]
         if one.tasks[0].OUTPUT_TYPE == "generate_until":
             written[one.planned.name] = items
-    if results.perplexity:
-        about = f"perplexity of {text}, by token"
-        found.append(token_measure(f"perplexity of {text}", "cost", results.perplexity, exponentiate=True, about=about))
-        about = f"KL divergence to the unsteered model on {text}, by token, in nats"
+    if text is not None:
+        item = "a reply after its prompt" if text.examples else "a passage of the text"
+        about = f"perplexity of {text.name}, by token; an item is {item}"
+        found.append(token_measure(f"perplexity of {text.name}", "cost", results.perplexity, exponentiate=True, about=about))
+        about = f"KL divergence to the unsteered model on {text.name}, by token, in nats; of steered arms"
         found.append(token_measure("kl", "note", results.kl, exponentiate=False, about=about))
     return found + fluency_measures(written, arms), samples(written, arms)
 
@@ -208,7 +217,7 @@ def _settings(config: CostConfig) -> dict[str, Scalar]:
         "examples in a prompt": config.num_fewshot,
         "items a task": config.limit,
         "responses a question": config.samples,
-        "max new tokens": config.max_new_tokens,
+        "max new tokens of traits and persona": config.max_new_tokens,
         "seed": config.seed,
     }
     return {name: value for name, value in found.items() if value is not None}

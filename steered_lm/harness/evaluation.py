@@ -7,7 +7,8 @@ from lm_eval.evaluator import evaluate
 
 from steered_lm.harness.chat_task import load_tasks
 from steered_lm.harness.model import SteeredHFLM
-from steered_lm.harness.population import quiet, seeded
+from steered_lm.harness.population import seeded
+from steered_lm.harness.quiet import quiet, quiet_loading
 from steered_lm.harness.trait_task import OWN, TraitTask
 from steered_lm.judges.items import JudgedItem
 from steered_lm.judges.trait_run import TraitRun
@@ -28,7 +29,8 @@ def trait_task(run: TraitRun, judge_options: dict[str, Any]) -> TraitTask:
 def load_model(pretrained: str, peft: str | None = None, device: str | None = None) -> SteeredHFLM:
     """Return a model, with its adapter, as ``steered-hf`` runs it."""
     adapter: dict[str, Any] = {} if peft is None else {"peft": peft}
-    return SteeredHFLM(pretrained, device=device, batch_size="auto", **adapter)
+    with quiet_loading():
+        return SteeredHFLM(pretrained, device=device, batch_size="auto", **adapter)
 
 
 def judged_items(lm: SteeredHFLM, task: TraitTask, *, limit: int | None = None, seed: int = 0) -> list[JudgedItem]:

@@ -1,6 +1,5 @@
 """A whole population through lm-eval at once: fitness for a search, and answers to multiple-choice items for the capability cost."""
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from steered_lm.errors import ModelError, RunError
 from steered_lm.harness.chat_task import ChatTask, load_tasks
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.harness.persona_task import PersonaJudgeTask, judge_request
+from steered_lm.harness.quiet import quiet
 from steered_lm.judges.base import Judge
 from steered_lm.judges.stream import JudgeStream, is_remote
 from steered_lm.persona.schema import Persona
@@ -219,17 +219,3 @@ def seeded(lm: SteeredHFLM, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def quiet(lm: SteeredHFLM) -> Iterator[None]:
-    """Leave out lm-eval's progress bars and notices, of which a search would see several a generation."""
-    theirs = logging.getLogger("lm_eval")
-    level, quiet = theirs.level, lm.quiet
-    theirs.setLevel(logging.WARNING)
-    lm.quiet = True
-    try:
-        yield
-    finally:
-        theirs.setLevel(level)
-        lm.quiet = quiet

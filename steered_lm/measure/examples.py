@@ -45,6 +45,12 @@ class Example(Config):
         return self.turns[-1].content
 
 
+def prompted_by(example: Example, system: str) -> Example:
+    """Return the example with a system turn, in place of its own where it has one."""
+    rest = example.turns[1:] if example.turns[0].role == "system" else example.turns
+    return example.model_copy(update={"turns": (Turn(role="system", content=system), *rest)})
+
+
 def rendered(example: Example, tokenizer: Any, prompt_format: PromptFormat = "chat") -> str:
     """Return the prompt as the model reads it, up to where the response starts."""
     return render_chat(tokenizer, [turn.model_dump() for turn in example.turns], prompt_format=prompt_format)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from steered_lm.chat import PromptFormat
 from steered_lm.errors import SpecError, UserError
-from steered_lm.measure.examples import Example, holds_examples, read_examples, rendered
+from steered_lm.measure.examples import Example, holds_examples, prompted_by, read_examples, rendered
 from steered_lm.measure.texts import Split, read_documents
 from steered_lm.steering.spec import SteeringSpec
 
@@ -51,11 +51,12 @@ def text_passages(documents: Sequence[str], tokenizer: Any, prefix: int) -> list
     return [Passage(str(number), (prefix,), tokens) for number, tokens in enumerate(encoded, start=1) if tokens]
 
 
-def reply_passages(examples: Sequence[Example], tokenizer: Any, prompt_format: PromptFormat = "chat") -> list[Passage]:
-    """Return replies as passages after their rendered prompts; empty replies are left out."""
+def reply_passages(examples: Sequence[Example], tokenizer: Any, prompt_format: PromptFormat = "chat", *, system: str | None = None) -> list[Passage]:
+    """Return replies as passages after their rendered prompts; empty replies are left out. A ``system`` turn takes the place of an example's own."""
     found = []
     for example in examples:
-        prompt = tuple(tokenizer(rendered(example, tokenizer, prompt_format), add_special_tokens=False).input_ids)
+        asked = example if system is None else prompted_by(example, system)
+        prompt = tuple(tokenizer(rendered(asked, tokenizer, prompt_format), add_special_tokens=False).input_ids)
         tokens = tuple(tokenizer(example.response, add_special_tokens=False).input_ids)
         if tokens:
             found.append(Passage(example.id, prompt, tokens, prompted=True))

@@ -41,6 +41,18 @@ class CostArm(Config):
         return (self.series is not None or self.trait is not None) and not {ADAPTER, SYSTEM} & set(self.settings)
 
 
+class Judged(Config):
+    """How many responses of an arm were judged on a measure, where an item has several.
+
+    Attributes:
+        responses: all of them.
+        missing: those without a value; an item's value is the mean of its others.
+    """
+
+    responses: int
+    missing: int
+
+
 class Measure(Config):
     """One number that is measured under every arm, item by item.
 
@@ -53,11 +65,13 @@ class Measure(Config):
         chance: what guessing scores.
         exponentiate: of kind ``tokens``: shown as a perplexity.
         trait: the trait that it is the score of.
+        beside: the benefit whose responses it judges, too; None for what has responses or answers of its own.
         items: the items' names, the same for every arm.
         groups: each item's subject; empty where there are none.
         tokens: of kind ``tokens``: each item's number of tokens.
         values: by arm, one value an item, None for a missing one.
-        reasons: by arm, how often each reason for a missing value occurred.
+        reasons: by arm, how many items each reason left without a value; an item is counted once, under its most frequent reason.
+        judged: by arm, the responses behind the items' values, where items have several; else empty.
         bands: of trait scores: by arm, the shares of responses in 0-20, 21-40, … 81-100.
         about: what it is, in plain words.
     """
@@ -70,11 +84,13 @@ class Measure(Config):
     chance: float | None = None
     exponentiate: bool = False
     trait: str | None = None
+    beside: str | None = None
     items: tuple[str, ...]
     groups: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
     values: dict[str, Scores]
     reasons: dict[str, dict[str, int]] = Field(default_factory=dict)
+    judged: dict[str, Judged] = Field(default_factory=dict)
     bands: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     about: str = ""
 
@@ -143,6 +159,14 @@ class CostData(Config):
             if unknown or UNSTEERED not in measure.values:
                 raise ValueError(f"measure {measure.name!r} needs values for {UNSTEERED!r} and only for arms; got {', '.join(measure.values)}")
         return self
+
+    def of_role(self, role: Role) -> list[Measure]:
+        """Return the measures of a role, in order."""
+        return [measure for measure in self.measures if measure.role == role]
+
+    def measure(self, name: str) -> Measure:
+        """Return a measure by its name, which must be one of them."""
+        return next(measure for measure in self.measures if measure.name == name)
 
     @property
     def series(self) -> dict[str, list[CostArm]]:

@@ -54,6 +54,14 @@ class Change(Config):
         """Whether there is a change by its corrected p-value, at the page's level."""
         return self.p_holm is not None and self.p_holm <= 1.0 - self.difference.confidence + 1e-12
 
+    @property
+    def direction(self) -> int:
+        """1 for an established rise, -1 for an established fall, 0 where neither is established."""
+        d = self.difference
+        if not self.established or d.mean is None or d.low is None:
+            return 0
+        return 1 if d.mean > 0.0 else -1
+
 
 def difference_of(measure: Measure, arm: str, data: CostData, baseline: str = UNSTEERED) -> PairedDifference:
     """Return an arm minus another one on a measure, paired by item."""

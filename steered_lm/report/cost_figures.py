@@ -1,26 +1,24 @@
 """The cost page's figures as plotly data, drawn from the numbers in the page's JSON and from nothing else."""
 
 import html
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from pydantic import JsonValue
 
 from steered_lm.report.cost_analysis import CostAnalysis
-from steered_lm.report.cost_data import UNSTEERED, CostArm, CostData, Measure
-from steered_lm.report.cost_difference import Shown, unit_of
+from steered_lm.report.cost_axes import SOLE_HEIGHT, change_axis, changes_span, colours, margin_lines, spaced, span
+from steered_lm.report.cost_data import UNSTEERED, CostData, Measure
+from steered_lm.report.cost_difference import unit_of
 from steered_lm.report.cost_matrix import side_effects
 from steered_lm.report.cost_reach import ordered
-from steered_lm.report.figures import CYCLE, GREEN, GREY, ZERO, Figure, Json, draw_bars, height_for, label, name_rows, style_axis, style_layout
-from steered_lm.report.wording import plain, setting
+from steered_lm.report.cost_trades import MOST, moved, trades
+from steered_lm.report.figures import CYCLE, GREEN, Figure, Json, draw_bars, height_for, label, name_rows, style_axis, style_layout
+from steered_lm.report.wording import plain
 from steered_lm.stats import Estimate
 
 BANDS = ("0–20", "21–40", "41–60", "61–80", "81–100")
 _BAND_COLOURS = ("#E5E7EB", "#B9D3E8", "#74A9CF", "#2B7BBA", "#08306B")
-_BESIDE = ("top right", "bottom right", "top left", "bottom left")
-_SOLE_HEIGHT = 330
-_WIDE = 8.0
 _ORDER = ("benefit", "cost", "note")
 
 
@@ -44,23 +42,24 @@ def cost_figures(data: CostData, analysis: CostAnalysis) -> CostFigures:
     swept = data.axis is not None and any(arm.x is not None for arm in data.arms)
     draw = _curve if swept else _forest
     shown = [(i, m) for i, m in enumerate(data.measures) if m.name != "kl" or not swept]
-    curves = [draw(f"measure-{i}", data, analysis, m) for i, m in sorted(shown, key=lambda one: _ORDER.index(one[1].role))]
+    curves = [draw(f"measure-{i}", data, analysis, m) for i, m in sorted(shown, key=lambda one: _place(data, analysis, one[1]))]
     kl = next((_curve("kl", data, analysis, m) for m in data.measures if m.name == "kl"), None) if swept else None
-    trades = [
-        _trade(f"trade-{i}-{j}", data, analysis, benefit, cost)
-        for i, benefit in enumerate(data.measures)
-        if benefit.role == "benefit"
-        for j, cost in enumerate(data.measures)
-        if cost.role == "cost"
-    ]
     bands = [_bands(f"bands-{i}", data, measure) for i, measure in enumerate(data.measures) if measure.bands]
     return CostFigures(
         curves=[figure for figure in curves if figure is not None],
-        trades=[figure for figure in trades if figure is not None],
+        trades=trades(data, analysis),
         kl=kl,
         side=side_effects(data, analysis),
         bands=bands,
     )
+
+
+def _place(data: CostData, analysis: CostAnalysis, measure: Measure) -> tuple[int, bool]:
+    """Return where a measure is drawn: benefits, costs, notes; of many benefits those that did not move come after the costs."""
+    still = not moved(analysis, measure)[0]
+    if len(data.of_role("benefit")) <= MOST or measure.role == "note":
+        return 3 * _ORDER.index(measure.role), False
+    return (2 if still else 0, False) if measure.role == "benefit" else (1, still)
 
 
 def _curve(name: str, data: CostData, analysis: CostAnalysis, measure: Measure) -> Figure | None:
@@ -68,7 +67,7 @@ def _curve(name: str, data: CostData, analysis: CostAnalysis, measure: Measure) 
     drawn: list[Json] = []
     ends: list[float | None] = []
     series = data.series
-    for (title, arms), colour in zip(series.items(), _colours(series), strict=True):
+    for (title, arms), colour in zip(series.items(), colours(series), strict=True):
         found = [(arm.x, analysis.level(arm.name, measure.name)) for arm in arms if arm.x is not None]
         known = [(x, one) for x, one in found if one is not None and one.value is not None]
         drawn += [_band([(x, one.low, one.high) for x, one in run], colour) for run in _runs(known)]
@@ -93,10 +92,10 @@ def _curve(name: str, data: CostData, analysis: CostAnalysis, measure: Measure) 
     y = style_axis(_levels_title(measure), **({"tickformat": ".0%"} if _share(measure) else {}))
     unsteered, margin = analysis.level(UNSTEERED, measure.name), analysis.margin(measure.name)
     ends += [None if unsteered is None else unsteered.value, None if margin is None else margin.level]
-    y |= _span(measure, [end for end in ends if end is not None])
-    layout = style_layout(_SOLE_HEIGHT + (24 * len(series) if len(series) > 1 else 0), x=style_axis(data.axis or ""), y=y)
+    y |= span(measure, [end for end in ends if end is not None])
+    layout = style_layout(SOLE_HEIGHT + (24 * len(series) if len(series) > 1 else 0), x=style_axis(data.axis or ""), y=y)
     layout |= {"showlegend": len(series) > 1, "shapes": _references(analysis, measure)}
-    alt = f"{_spaced(measure.name)} against {data.axis}, with {data.confidence:.0%} intervals; dashed: the unsteered model"
+    alt = f"{spaced(measure.name)} against {data.axis}, with {data.confidence:.0%} intervals; dashed: the unsteered model"
     alt += "; green: loss within the tolerance." if measure.role == "cost" else "."
     return Figure(name=name, alt=alt, data=drawn, layout=layout)
 
@@ -156,133 +155,13 @@ def _forest(name: str, data: CostData, analysis: CostAnalysis, measure: Measure)
         "name": "steered minus unsteered",
         "hovertemplate": "%{x:.3g}<extra>%{y}</extra>",
     }
-    x = _change_axis(measure) | _changes_span(analysis, measure, [shown for _, shown in known])
+    x = change_axis(measure) | changes_span(analysis, measure, [shown for _, shown in known])
     rows = name_rows([row for row, _ in known]) | {"autorange": False, "range": [len(known) - 0.5, -0.5]}
     layout = style_layout(height_for([row for row, _ in known]), x=x, y=rows)
-    layout |= {"showlegend": False, "shapes": _margin_lines(analysis, measure, "x")}
-    alt = f"Change of {_spaced(measure.name)} by each spec, with {data.confidence:.0%} intervals"
+    layout |= {"showlegend": False, "shapes": margin_lines(analysis, measure, "x")}
+    alt = f"Change of {spaced(measure.name)} by each spec, with {data.confidence:.0%} intervals"
     alt += "; dashed green: the loss that is accepted." if measure.role == "cost" else "."
     return Figure(name=name, alt=alt, data=[draw_bars([(row, one.low, one.high) for row, one in known], colour), dots], layout=layout)
-
-
-def _trade(name: str, data: CostData, analysis: CostAnalysis, benefit: Measure, cost: Measure) -> Figure | None:
-    """Draw what is gained on one measure against what is lost on another, joined in order of the swept setting."""
-    drawn: list[Json] = []
-    every: list[tuple[Shown, Shown]] = []
-    series = data.series
-    for (title, arms), colour in zip(series.items(), _colours(series), strict=True):
-        points = [(arm, *_both(analysis, arm, benefit, cost)) for arm in arms]
-        known = [(arm, gain, loss) for arm, gain, loss in points if gain is not None and loss is not None]
-        if known:
-            every += [(gain, loss) for _, gain, loss in known]
-            drawn += [*_crosses(every[-len(known) :], colour), _path(title, known, colour, joined=ordered(data.axis))]
-    if not drawn:
-        return None
-    origin: Json = {"type": "scatter", "mode": "markers", "x": [_nothing(benefit)], "y": [_nothing(cost)], "name": "unsteered"}
-    drawn.append(origin | {"marker": {"color": GREY, "size": 10, "symbol": "diamond"}, "hovertemplate": "unsteered<extra></extra>"})
-    x = _change_axis(benefit) | _changes_span(analysis, benefit, [gain for gain, _ in every])
-    y = _change_axis(cost) | _changes_span(analysis, cost, [loss for _, loss in every], reverse=not cost.higher_is_better)
-    layout = style_layout(_SOLE_HEIGHT + 60 + 20 * len(series), x=x, y=y)
-    layout |= {"shapes": [*_margin_lines(analysis, cost, "y"), *_unit_lines(benefit, cost)]}
-    labelled = f"each point is labelled with its {data.axis}" if data.axis else "one point a spec"
-    alt = (
-        f"Change of {_spaced(cost.name)} against change of {_spaced(benefit.name)}, {labelled}, lines are {data.confidence:.0%} intervals; "
-        "further up is better, and dashed green is the loss that is accepted."
-    )
-    return Figure(name=name, alt=alt, data=drawn, layout=layout)
-
-
-def _both(analysis: CostAnalysis, arm: CostArm, benefit: Measure, cost: Measure) -> tuple[Shown | None, Shown | None]:
-    gain, loss = analysis.change(arm.name, benefit.name), analysis.change(arm.name, cost.name)
-    return None if gain is None else gain.shown, None if loss is None else loss.shown
-
-
-def _crosses(known: Sequence[tuple[Shown, Shown]], colour: str) -> list[Json]:
-    """Draw the intervals in both directions through each point; None breaks the line."""
-    found: list[Json] = []
-    for across in (True, False):
-        x: list[JsonValue] = []
-        y: list[JsonValue] = []
-        for gain, loss in known:
-            own = gain if across else loss
-            if own.low is not None and own.high is not None:
-                x += [own.low, own.high, None] if across else [gain.value, gain.value, None]
-                y += [loss.value, loss.value, None] if across else [own.low, own.high, None]
-        line: Json = {"color": colour, "width": 1.2}
-        found.append({"type": "scatter", "mode": "lines", "x": x, "y": y, "line": line, "opacity": 0.55, "showlegend": False, "hoverinfo": "skip"})
-    return found
-
-
-def _path(title: str, known: Sequence[tuple[CostArm, Shown, Shown]], colour: str, *, joined: bool) -> Json:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers+text",
-        "x": [gain.value for _, gain, _ in known],
-        "y": [loss.value for _, _, loss in known],
-        "text": [setting(arm.x) for arm, _, _ in known],
-        "textposition": _BESIDE[CYCLE.index(colour) % len(_BESIDE)],
-        "textfont": {"size": 12, "color": colour},
-        "cliponaxis": False,
-        "line": {"color": colour, "width": 2 if joined else 1, "dash": "solid" if joined else "dot"},
-        "marker": {"color": colour, "size": 8},
-        "name": html.escape(title),
-        "hovertext": [html.escape(arm.name) for arm, _, _ in known],
-        "hovertemplate": "%{hovertext}: %{x:.3g}, %{y:.3g}<extra></extra>",
-    }
-
-
-def _margin_lines(analysis: CostAnalysis, measure: Measure, axis: str) -> list[JsonValue]:
-    margin = analysis.margin(measure.name)
-    return [] if margin is None else [_across(axis, margin.shown, {"color": GREEN, "width": 2, "dash": "dash"})]
-
-
-def _unit_lines(benefit: Measure, cost: Measure) -> list[JsonValue]:
-    """Return the line of no change for ratios, whose axis is not drawn at zero."""
-    ratios = [axis for axis, measure in (("x", benefit), ("y", cost)) if measure.exponentiate]
-    return [_across(axis, 1.0, {"color": "#111827", "width": 1.5}) for axis in ratios]
-
-
-def _across(axis: str, at: float, line: Json) -> Json:
-    other = "y" if axis == "x" else "x"
-    return {"type": "line", f"{other}ref": "paper", f"{other}0": 0, f"{other}1": 1, f"{axis}0": at, f"{axis}1": at, "line": line}
-
-
-def _nothing(measure: Measure) -> float:
-    """Return how no change is shown."""
-    return 1.0 if measure.exponentiate else 0.0
-
-
-def _changes_span(analysis: CostAnalysis, measure: Measure, changes: Sequence[Shown], *, reverse: bool = False) -> Json:
-    """Return an axis' extent with no change in it, what is accepted, and room around the longest interval."""
-    margin = analysis.margin(measure.name)
-    ends = [_nothing(measure), *(v for one in changes for v in (one.value, one.low, one.high) if v is not None)]
-    return _span(measure, ends + ([] if margin is None else [margin.shown]), reverse=reverse)
-
-
-def _span(measure: Measure, ends: Sequence[float], *, reverse: bool = False) -> Json:
-    """Return an axis' extent with room around what it shows; perplexities that differ much get a logarithmic one."""
-    logarithmic = measure.exponentiate and min(ends) > 0.0 and max(ends) > _WIDE * min(ends)
-    low, high = (math.log10(end) if logarithmic else end for end in (min(ends), max(ends)))
-    room = 0.07 * ((high - low) or 1.0)
-    extent: list[JsonValue] = [high + room, low - room] if reverse else [low - room, high + room]
-    if not logarithmic:
-        return {"range": extent}
-    # plotly's own labels leave out the zeros between powers of ten
-    decades = range(math.floor(low), math.ceil(high) + 1)
-    return {
-        "range": extent,
-        "type": "log",
-        "zeroline": False,
-        "tickvals": [step * 10.0**k for k in decades for step in (1, 2, 5)],
-        "tickformat": "~g",
-    }
-
-
-def _change_axis(measure: Measure) -> Json:
-    unit = unit_of(measure)
-    said = {"points": "points", "times": "times the unsteered one", "nats a token": "nats a token", "": "on its own scale"}[unit]
-    title = f"{measure.name}, {said}" if unit == "times" else f"change of {measure.name}, {said}"
-    return style_axis(title, **({} if measure.exponentiate else ZERO))
 
 
 def _bands(name: str, data: CostData, measure: Measure) -> Figure:
@@ -301,17 +180,13 @@ def _bands(name: str, data: CostData, measure: Measure) -> Figure:
         }
         for i, band in enumerate(BANDS)
     ]
-    x = style_axis("share of scored responses", tickformat=".0%", range=[0, 1])
+    x = style_axis(f"share of scored responses, {measure.name}", tickformat=".0%", range=[0, 1])
     layout = style_layout(height_for(rows), x=x, y=name_rows(rows)) | {"barmode": "stack", "bargap": 0.3}
     layout |= {
         "margin": {"l": 8, "r": 12, "t": 34, "b": 14},
         "legend": {"traceorder": "normal", "orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom"},
     }
-    return Figure(name=name, alt=f"Bands of the scores of {_spaced(measure.name)}, from 0–20 (light) to 81–100 (dark).", data=drawn, layout=layout)
-
-
-def _colours(series: dict[str, list[CostArm]]) -> list[str]:
-    return [CYCLE[i % len(CYCLE)] for i in range(len(series))]
+    return Figure(name=name, alt=f"Bands of the scores of {spaced(measure.name)}, from 0–20 (light) to 81–100 (dark).", data=drawn, layout=layout)
 
 
 def _share(measure: Measure) -> bool:
@@ -324,7 +199,3 @@ def _levels_title(measure: Measure) -> str:
     return (
         measure.name if measure.scale is None or _share(measure) else f"{measure.name} ({plain(measure.scale[0], 0)} to {plain(measure.scale[1], 0)})"
     )
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")

@@ -46,9 +46,10 @@ def side_effects(data: CostData, analysis: CostAnalysis) -> Figure | None:
         if change is None or change.of_100 is None
     ]
     x = style_axis(autotickangles=[0, 90], tickfont={"size": 12}, showgrid=False)
-    y = style_axis("vector added", autorange="reversed", showgrid=False)
+    y = style_axis(autorange="reversed", showgrid=False) | {"title": {"text": "vector added", "font": {"size": 13}, "standoff": 18}}
     layout = style_layout(height_for(names) + 110, x=x, y=y) | {"annotations": missing}
-    alt = "Change of each measured trait (columns) under each trait's vector (rows), in hundredths of the scale; * is significant after Holm."
+    what = "Change of each measured trait (columns) under each trait's vector (rows), in hundredths of the scale"
+    alt = f"{what}; * is established after Holm's correction."
     return Figure(name="side", alt=alt, data=[heat], layout=layout)
 
 

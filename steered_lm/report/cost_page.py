@@ -9,12 +9,15 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from steered_lm.config import Config, write_atomic
-from steered_lm.report import cost_headline
+from steered_lm.report import cost_wording
 from steered_lm.report.cost_analysis import CostAnalysis, analyse_cost
+from steered_lm.report.cost_cautions import in_table
 from steered_lm.report.cost_data import UNSTEERED, CostArm, CostData, Measure, load_cost
 from steered_lm.report.cost_difference import Change, unit_of
 from steered_lm.report.cost_figures import cost_figures
+from steered_lm.report.cost_headline import cost_headline
 from steered_lm.report.cost_matrix import matrix_axes, side_names
+from steered_lm.report.cost_trades import drawn_benefits
 from steered_lm.report.headline import Headline
 from steered_lm.report.page import TINY, page_environment
 from steered_lm.report.wording import setting
@@ -34,6 +37,8 @@ COLUMNS = (
     "group",
     "n",
     "missing",
+    "responses",
+    "responses_missing",
     "level",
     "level_low",
     "level_high",
@@ -71,7 +76,7 @@ class CostFiles(NamedTuple):
 def build_cost(data: CostData) -> CostReport:
     """Return data, statistics and verdict; the same data give the same report."""
     analysis = analyse_cost(data)
-    return CostReport(data=data, analysis=analysis, headline=cost_headline.cost_headline(data, analysis))
+    return CostReport(data=data, analysis=analysis, headline=cost_headline(data, analysis))
 
 
 def render_cost(data: CostData, out: Path) -> CostFiles:
@@ -94,7 +99,7 @@ def cost_html(report: CostReport) -> str:
             data=data,
             analysis=analysis,
             headline=report.headline,
-            say=cost_headline,
+            say=cost_wording,
             setting=setting,
             unit_of=unit_of,
             figures=figures,
@@ -108,7 +113,9 @@ def cost_html(report: CostReport) -> str:
             group_levels={(one.measure, one.group): one.level for one in analysis.group_levels},
             subjects={(one.arm, one.measure, one.group): one for one in analysis.groups},
             families={role: sum(_role(data, c) == role for c in analysis.changes) for role in ("benefit", "cost")},
-            in_table=[measure.name for measure in data.measures if cost_headline.in_table(data, measure)],
+            moved=list({change.measure for change in analysis.changes if change.direction}),
+            traded=drawn_benefits(data, analysis),
+            in_table=[measure.name for measure in data.measures if in_table(data, measure)],
             main_arms=[arm for arm in data.arms if arm.series is not None],
             tiny=data.model.parameters is not None and data.model.parameters < TINY,
         )
@@ -116,7 +123,11 @@ def cost_html(report: CostReport) -> str:
 
 
 def cost_csv(report: CostReport) -> str:
-    """Return one row an arm and measure, and one an arm, measure and subject; differences of perplexities are in nats a token, with their ratio."""
+    """Return one row an arm and measure, and one an arm, measure and subject; differences of perplexities are in nats a token, with their ratio.
+
+    ``n`` and ``missing`` count items: those with a value (of a difference, on both sides), and those without. Where an item has several responses,
+    ``responses`` and ``responses_missing`` count the arm's.
+    """
     data, analysis = report.data, report.analysis
     levels = {(one.measure, one.group): one.level for one in analysis.group_levels}
     subjects = {(one.arm, one.measure, one.group): one for one in analysis.groups}
@@ -150,10 +161,12 @@ def _row(
 ) -> list[Cell]:
     d = None if change is None else change.difference
     counted = d or level
+    judged = measure.judged.get(arm.name) if group is None else None
     ratio = change.shown if change is not None and change.shown is not None and change.shown.unit == "times" else None
     return [
         *(arm.name, arm.series, data.axis, arm.x, arm.trait),
         *(measure.name, measure.role, measure.kind, group, counted.n, counted.missing),
+        *((None, None) if judged is None else (judged.responses, judged.missing)),
         *(level.value, level.low, level.high, None if unsteered is None else unsteered.value),
         *((None,) * 5 if d is None or change is None else (d.mean, d.low, d.high, d.p_value, change.p_holm)),
         *(counted.method, _unit(measure)),

@@ -168,9 +168,14 @@ class Reply(Config):
 
 
 class Sample(Config):
-    """One prompt with the replies of several arms, to be read side by side."""
+    """One prompt with the replies of several arms, to be read side by side.
+
+    Attributes:
+        scored: what the replies' scores are, such as ``trait evil, mean of 3 responses``.
+    """
 
     prompt: str
+    scored: str = "score"
     replies: tuple[Reply, ...]
 
 
