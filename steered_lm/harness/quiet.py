@@ -16,16 +16,20 @@ from steered_lm.harness.model import SteeredHFLM
 def quiet(lm: SteeredHFLM) -> Iterator[None]:
     """Leave out lm-eval's progress bars and notices while it evaluates; a search would see several a generation."""
     theirs = logging.getLogger("lm_eval")
-    level, was, bar = theirs.level, lm.quiet, lm_eval_task.tqdm
+    level, was = theirs.level, lm.quiet
+    # the bar over a task's documents has no switch
+    bar = getattr(lm_eval_task, "tqdm", None)
     theirs.setLevel(logging.WARNING)
     lm.quiet = True
-    # the bar over a task's documents has no switch
-    lm_eval_task.tqdm = partial(bar, disable=True)
+    if bar is not None:
+        lm_eval_task.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
         theirs.setLevel(level)
-        lm.quiet, lm_eval_task.tqdm = was, bar
+        lm.quiet = was
+        if bar is not None:
+            lm_eval_task.tqdm = bar
 
 
 @contextmanager
