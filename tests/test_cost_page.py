@@ -185,7 +185,7 @@ def test_the_csv_has_a_row_an_arm_and_measure_and_one_a_subject_with_the_jsons_n
 def test_the_headline_says_how_far_one_can_go_with_gain_and_bounds() -> None:
     report = built("alpha")
     joint = next(r for r in report.analysis.reaches if r.measure == "all of them")
-    assert report.headline.title == f"Up to alpha {joint.x:g}, every cost stays within its tolerance."
+    assert report.headline.title == f"Up to alpha {joint.x:g}, every cost is shown to stay within its tolerance."
     assert report.headline.tone == "good"
     text = words(PAGES["alpha"])
     change = report.analysis.change(joint.arm or "", "trait formality")

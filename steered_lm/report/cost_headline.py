@@ -52,7 +52,7 @@ def _reach_title(data: CostData, joint: Sequence[Reach]) -> tuple[Tone, str]:
         parts = list(dict.fromkeys(f"{f'{r.series} ' if several else ''}{_how_far(r, joint, axis)}" for r in joint))
         return tone, f"Within the tolerance on {what}: {'; '.join(parts)}."
     if reached:
-        return tone, f"Up to {axis} {setting(joint[0].x)}, {what} stays within its tolerance."
+        return tone, f"Up to {axis} {setting(joint[0].x)}, {what} is shown to stay within its tolerance."
     return tone, f"No {axis} of the sweep is shown to keep {what} within its tolerance."
 
 
