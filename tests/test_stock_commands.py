@@ -13,6 +13,7 @@ from steered_lm.content import TINY_CHAT, resolve_model
 
 TINY = resolve_model(TINY_CHAT)
 PERSONA_JUDGE = ("--model", "steered-hf", "--model_args", f"pretrained={TINY},steering=spec.yaml", "--tasks", "persona_judge", "--batch_size", "16")
+IN_INSPECT = ("mmlu", "truthfulqa_mc1", "truthfulqa_mc2", "lamp_7")
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +147,8 @@ def on_local_files(bench):
     (file,) = (folder / "choices").rglob("results_*.json")
     (samples,) = (folder / "choices").rglob("samples_steered_truthfulqa_mc1_*")
     run(
-        "inspect", "eval", "steered_lm/mmlu", "steered_lm/truthfulqa_mc1", "steered_lm/lamp_7", "--model", f"steered-hf/{TINY_CHAT}",
-        "-M", "steering=spec.yaml", "-T", "data=local", "--log-dir", "choices_logs", "--log-format", "json", "--display", "plain",
+        "inspect", "eval", *(f"steered_lm/{name}" for name in IN_INSPECT), "--model", f"steered-hf/{TINY_CHAT}", "-M", "steering=spec.yaml",
+        "-T", "data=local", "--log-dir", "choices_logs", "--log-format", "json", "--display", "plain",
     )  # fmt: skip
     logs = [json.loads(log.read_text()) for log in (folder / "choices_logs").glob("*.json")]
     return json.loads(file.read_text())["results"], samples.read_text().splitlines(), {log["eval"]["task"].partition("/")[2]: log for log in logs}
@@ -162,7 +163,9 @@ def test_lamp_runs_under_both_stock_commands_with_the_same_numbers(on_local_file
 def test_both_harnesses_run_truthfulqa_and_mmlu_on_local_files(on_local_files):
     found, samples, logs = on_local_files
     assert {scores["sample_len"] for name, scores in found.items() if name != "lamp_7"} == {6}
-    assert {task: log["status"] for task, log in logs.items()} == dict.fromkeys(("mmlu", "truthfulqa_mc1", "lamp_7"), "success")
+    assert {task: log["status"] for task, log in logs.items()} == dict.fromkeys(IN_INSPECT, "success")
+    ((_, mass),) = [(score["name"], score["metrics"]["mean"]["value"]) for score in logs["truthfulqa_mc2"]["results"]["scores"]]
+    assert mass == pytest.approx(found["steered_truthfulqa_mc2"]["acc,none"], abs=1e-4)
     lm_eval = [json.loads(line)["doc"]["id"] for line in samples]
     assert sorted(lm_eval) == sorted(sample["id"] for sample in logs["truthfulqa_mc1"]["samples"])
 
