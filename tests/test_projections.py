@@ -161,3 +161,19 @@ def test_the_page_escapes_names_and_draws_the_numbers_that_it_was_given(tmp_path
     assert "&lt;i&gt;.jsonl" in page
     assert "<i>.jsonl" not in page
     assert math.isclose(row.response.value, 2.75)
+
+
+def test_several_replies_to_a_prompt_are_counted_as_one_and_the_page_says_so(tmp_path):
+    prompts = tuple(f"p{number // 3}" for number in range(36))
+    values = tuple(float(number % 7) for number in range(36))
+    one = Projections(trait="formality", layer=2, norm=4.0, response=values, prompt_last=tuple(float(number // 3) for number in range(36)))
+    data = MonitorData(
+        source="log.eval", model="m", vectors="v", ids=tuple(map(str, range(36))), scores=values[::-1], projections=(one,), prompts=prompts
+    )
+    (row,) = monitor_rows(data)
+    assert row.response.n == 12
+    assert row.with_score.n == 36
+    assert "12 groups" in row.with_score.method
+    page = render_monitor(data, tmp_path / "p.html").read_text()
+    assert "<th>prompts</th>" in page
+    assert "The 36 rows reply to 12 prompts" in page

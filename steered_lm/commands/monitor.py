@@ -92,8 +92,9 @@ def project_command(
         ids=tuple(example.id for example in examples),
         scores=tuple(example.score for example in examples),
         projections=tuple(found.projections),
+        prompts=tuple(row.prompt for row in rows),
     )
-    columns = ("mean", "95 % interval", "of norm", "rows", "missing")
+    columns = ("mean", "95 % interval", "of norm", "prompts" if data.repeated else "rows", "missing")
     shown = table(f"{file.name}: projections of responses", ("trait", "layer"), (*columns, "minus own", "95 % interval") if difference else columns)
     for row in monitor_rows(data, seed=seed):
         mean = row.response

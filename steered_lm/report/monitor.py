@@ -7,10 +7,11 @@ from plotly.offline import get_plotlyjs
 
 from steered_lm.config import Config, write_atomic
 from steered_lm.extract.projections import Projections
+from steered_lm.measure.clusters import clustered_difference, clustered_mean, clustered_spearman
 from steered_lm.report.figures import BLUE, GREY, LEGEND_ABOVE, ORANGE, Figure, Json, style_layout
 from steered_lm.report.page import page_environment
 from steered_lm.report.wording import count
-from steered_lm.stats import Estimate, PairedDifference, spearman_interval
+from steered_lm.stats import Estimate, PairedDifference
 
 
 class MonitorData(Config):
@@ -23,6 +24,7 @@ class MonitorData(Config):
         ids: the rows' names.
         scores: each row's verdict from the file; None where it has none.
         projections: one entry a trait and layer.
+        prompts: what each row replies to: several replies to one prompt are no independent ones. Empty, when every row is by itself.
     """
 
     source: str
@@ -31,6 +33,17 @@ class MonitorData(Config):
     ids: tuple[str, ...]
     scores: tuple[float | None, ...]
     projections: tuple[Projections, ...]
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Which rows belong together."""
+        return self.prompts or tuple(map(str, range(len(self.ids))))
+
+    @property
+    def repeated(self) -> int:
+        """The number of prompts where some have several replies, else 0."""
+        return len(set(self.prompts)) if len(set(self.prompts)) < len(self.prompts) else 0
 
 
 class MonitorRow(Config):
@@ -38,8 +51,8 @@ class MonitorRow(Config):
 
     Attributes:
         trait, layer, norm: the direction, and the stream's median norm there.
-        response: mean projection of the responses.
-        difference: the mean of the paired differences to the model's own responses; None without them.
+        response: mean projection of the responses, over prompts.
+        difference: the mean of the paired differences to the model's own responses, over prompts; None without them.
         with_score: rank correlation of projection and score.
         with_prompt: rank correlation of the response's projection and the last prompt token's.
     """
@@ -61,10 +74,10 @@ def monitor_rows(data: MonitorData, *, seed: int = 0) -> list[MonitorRow]:
             trait=one.trait,
             layer=one.layer,
             norm=one.norm,
-            response=one.estimate(),
-            difference=one.mean_difference(seed=seed) if one.own else None,
-            with_score=spearman_interval(one.response, data.scores) if scored else None,
-            with_prompt=spearman_interval(one.prompt_last, one.response),
+            response=clustered_mean(one.response, data.groups),
+            difference=clustered_difference(one.response, one.own, data.groups, seed=seed) if one.own else None,
+            with_score=clustered_spearman(one.response, data.scores, data.groups, seed=seed) if scored else None,
+            with_prompt=clustered_spearman(one.prompt_last, one.response, data.groups, seed=seed),
         )
         for one in data.projections
     ]
