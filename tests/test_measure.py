@@ -205,6 +205,8 @@ def test_variety_repetition_and_length_of_responses():
     assert made.words == (4, 2, 1, 0)
     estimates = made.estimates()
     assert (estimates["repetition"].value, estimates["repetition"].missing) == (pytest.approx(1 / 6), 2)
+    twice = fluency(["a b a b", "a b", "c d c d c d"], prompts=["p", "q", "p"]).estimates()["words"]
+    assert (twice.value, twice.n) == ((5 + 2) / 2, 2)
     with pytest.raises(UserError, match="n=0 is not the size of an n-gram"):
         fluency(["a"], (0,))
 

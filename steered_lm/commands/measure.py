@@ -133,8 +133,9 @@ def fluency_command(
     """Variety (distinct-n), repetition of word pairs and length of saved responses."""
     from steered_lm.measure.fluency import fluency
 
-    found = {str(path): fluency([example.response for example in saved_examples(path)]) for path in files}
-    shown = table("Fluency: means over responses", ("file", "measure"), ("mean", "95 % interval", "responses", "too short"))
+    read = {str(path): saved_examples(path) for path in files}
+    found = {name: fluency([one.response for one in own], prompts=[repr(one.turns) for one in own]) for name, own in read.items()}
+    shown = table("Fluency: means over prompts", ("file", "measure"), ("mean", "95 % interval", "prompts", "too short"))
     for name, one in found.items():
         for measure, estimate in one.estimates().items():
             shown.add_row(escape(name), measure, number(estimate.value), interval(estimate, shown), str(estimate.n), str(estimate.missing))

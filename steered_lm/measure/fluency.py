@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from steered_lm.config import Config
 from steered_lm.errors import UserError
+from steered_lm.measure.clusters import group_means
 from steered_lm.persona.style import words
 from steered_lm.stats import Estimate, mean_interval
 
@@ -16,27 +17,32 @@ class Fluency(Config):
         pooled: by n, the share of different n-grams among those of all responses together; low when responses are alike.
         repetition: each response's :func:`repetition` of word pairs.
         words: each response's number of words.
+        groups: which responses reply to the same prompt, a number each; empty when every one is by itself.
     """
 
     distinct: dict[int, tuple[float | None, ...]]
     pooled: dict[int, float | None]
     repetition: tuple[float | None, ...]
     words: tuple[int, ...]
+    groups: tuple[int, ...] = ()
 
     def estimates(self, *, confidence: float = 0.95) -> dict[str, Estimate]:
-        """Return means over responses with intervals: ``distinct_<n>``, ``repetition``, ``words``."""
-        found = {f"distinct_{n}": mean_interval(values, confidence=confidence, bounds=(0.0, 1.0)) for n, values in self.distinct.items()}
-        found["repetition"] = mean_interval(self.repetition, confidence=confidence, bounds=(0.0, 1.0))
-        found["words"] = mean_interval(self.words, confidence=confidence)
-        return found
+        """Return means over prompts with intervals: ``distinct_<n>``, ``repetition``, ``words``."""
+        shares = {**{f"distinct_{n}": values for n, values in self.distinct.items()}, "repetition": self.repetition}
+        found = {name: mean_interval(self._by_prompt(values), confidence=confidence, bounds=(0.0, 1.0)) for name, values in shares.items()}
+        return found | {"words": mean_interval(self._by_prompt(self.words), confidence=confidence)}
+
+    def _by_prompt(self, values: Sequence[float | None]) -> Sequence[float | None]:
+        return group_means(values, self.groups) if self.groups else values
 
 
-def fluency(responses: Sequence[str], sizes: Sequence[int] = (1, 2, 3)) -> Fluency:
+def fluency(responses: Sequence[str], sizes: Sequence[int] = (1, 2, 3), prompts: Sequence[str] = ()) -> Fluency:
     """Return variety, repetition and length of responses.
 
     Args:
         responses: texts.
         sizes: the n of distinct-n.
+        prompts: what each response replies to: several replies to one prompt are no independent ones.
 
     Raises:
         UserError: when a size is below 1.
@@ -45,11 +51,13 @@ def fluency(responses: Sequence[str], sizes: Sequence[int] = (1, 2, 3)) -> Fluen
     if wrong:
         raise UserError(f"n={wrong[0]} is not the size of an n-gram. Allowed: 1 and more.")
     split = [words(text) for text in responses]
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     return Fluency(
         distinct={n: tuple(distinct_n(found, n) for found in split) for n in sizes},
         pooled={n: _share([gram for found in split for gram in _grams(found, n)]) for n in sizes},
         repetition=tuple(repetition(found) for found in split),
         words=tuple(map(len, split)),
+        groups=tuple(numbers[prompt] for prompt in prompts),
     )
 
 
