@@ -58,8 +58,6 @@ def test_each_token_that_transformers_warpers_keep_has_an_interval_of_its_own():
     for sampling in SETTINGS:
         probabilities = warped(logits, sampling)
         order = torch.arange(40).expand(200, -1)
-        if sampling.top_p < 1 or 0 < sampling.top_k < 40:
-            order = logits.argsort(dim=-1, descending=True)
         size = probabilities.gather(1, order)
         middle = size.cumsum(dim=-1) - size / 2
         for rank in range(40):
@@ -75,6 +73,14 @@ def test_a_point_between_two_tokens_belongs_to_the_second():
     assert draw(logits, Sampling(temperature=1.0), points).tolist() == [0, 0, 1, 1, 2, 3]
     assert draw(logits, Sampling(temperature=1.0, top_k=2), points).tolist() == [0, 0, 0, 1, 1, 1]
     assert draw(logits, Sampling(temperature=1.0, top_p=0.8), points).tolist() == [0, 0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("kept", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}], ids=str)
+def test_rounding_that_swaps_two_nearly_equal_tokens_changes_no_draw(kept):
+    logits = torch.tensor([[0.0, 2.0, 2.0 + 1e-6, -1.0], [0.0, 2.0 + 1e-6, 2.0, -1.0]])
+    points = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    first, second = (draw(row.expand(100, -1), Sampling(temperature=1.0, **kept), points) for row in logits)
+    assert first.tolist() == second.tolist()
 
 
 @pytest.mark.parametrize("seeds", ["a seed a row", "one row for long"])

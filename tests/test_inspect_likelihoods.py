@@ -22,10 +22,14 @@ from steered_lm.benchmarks.truthful import true_mass
 from steered_lm.benchmarks.upstream import upstream_module
 from steered_lm.content import TINY_CHAT, content_dir, resolve_model
 from steered_lm.engine.encoding import Encoder
+from steered_lm.errors import JudgeError
 from steered_lm.harness.chat_task import load_tasks
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.harness.requests import ChatStr
+from steered_lm.inspect_plugin.lamp import macro_f1, root
+from steered_lm.inspect_plugin.likelihood_tasks import bits_per_byte, byte_perplexity, token_perplexity, word_perplexity
 from steered_lm.inspect_plugin.likelihoods import Likelihood, LikelihoodRequest
+from steered_lm.inspect_plugin.logs import read_log
 from steered_lm.inspect_plugin.provider import SteeredHFAPI
 from steered_lm.inspect_plugin.refusal import RefusalError
 from steered_lm.inspect_plugin.registry import mmlu, perplexity, tiny_knowledge, tiny_truth, truthfulqa_mc1, truthfulqa_mc2
@@ -314,11 +318,18 @@ def test_an_interrupted_evaluation_resumes_with_limit_and_epochs_to_the_same_agg
     (once,) = run(perplexity, **settings)
     assert metrics_of(resumed) == pytest.approx(metrics_of(once), rel=1e-5)
     logged = json.loads(Path(resumed.location.removeprefix("file://")).read_text(encoding="utf-8"))
+    with pytest.raises(JudgeError, match="holds log-likelihoods and no text: only samples of tasks that generate"):
+        read_log(Path(resumed.location.removeprefix("file://")))
     (score,) = logged["samples"][0]["scores"].values()
     assert set(score["value"]) == {"loglikelihood", "tokens", "words", "bytes"}
     total = sum(sample.scores["predicted_text"].value["loglikelihood"] for sample in once.samples)
     count = sum(sample.scores["predicted_text"].value["tokens"] for sample in once.samples)
     assert metrics_of(once)["token_perplexity"] == pytest.approx(math.exp(-total / count), rel=1e-9)
+
+
+def test_metrics_of_no_sample_are_nan_and_raise_nothing_which_inspect_would_warn_of():
+    for made in (word_perplexity, byte_perplexity, bits_per_byte, token_perplexity, macro_f1, root):
+        assert math.isnan(made()([]))
 
 
 def test_mc2_is_upstream_s_share_and_stays_one_where_probabilities_underflow():

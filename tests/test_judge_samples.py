@@ -28,6 +28,7 @@ from steered_lm.errors import JudgeError
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.inspect_plugin.logs import read_log
 from steered_lm.inspect_plugin.tasks import persona_judge
+from steered_lm.inspect_plugin.traits import pv_trait
 from steered_lm.judges import make_judge
 from steered_lm.judges.base import JudgeRequest, Verdict
 from steered_lm.judges.samples import read_samples, sample_files, sample_format
@@ -291,6 +292,21 @@ def test_real_logs_of_both_harnesses_are_judged_again_in_one_command(logged, ins
     assert [row["verdict"]["score"] for row in of_lm_eval] == pytest.approx(wanted)
     gap = paired_difference(wanted, [row["old"]["score"] for row in of_lm_eval], seed=0)
     assert f"{gap.mean:.3f} │ {gap.low:.3f} to {gap.high:.3f}" in done.output
+
+
+def test_a_trait_s_log_is_compared_with_the_verdict_on_the_trait_that_it_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(rejudge.console, "_width", 240)
+    settings = {"model": f"steered-hf/{TINY_CHAT}", "model_args": {"device": "cpu"}, "log_dir": str(tmp_path), "display": "none"}
+    (log,) = inspect_eval(pv_trait, task_args={"trait": "formality", "judge": "markers"}, limit=3, **settings)
+    arguments = ["rejudge", log.location, "--judge", "markers", "--kind", "trait", "--trait", "formality", "--out", tmp_path / "out.jsonl"]
+    done = CliRunner().invoke(judge_app, list(map(str, arguments)))
+    assert done.exception is None, done.output
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["old"]["score"] for row in rows] == [row["verdict"]["score"] for row in rows]
+    assert any(row["old"]["score"] is not None for row in rows)
+    assert "another scale" not in done.output
+    assert "trait_expression/" not in done.output
+    gc.collect()  # while this file's filters hold, as above
 
 
 def test_plain_lines_are_read_with_all_that_a_request_can_hold(tmp_path):

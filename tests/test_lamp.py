@@ -238,6 +238,8 @@ def test_a_wrong_folder_is_an_error_that_says_what_was_looked_for(tmp_path, monk
         read_rows(TWEETS, tmp_path / "nowhere")
     with pytest.raises(UserError, match="does not hold LaMP_7. Looked there for LaMP_7/dev_questions.json, LaMP_7/dev/dev_questions.json"):
         read_rows(TWEETS, tmp_path)
+    with pytest.raises(UserError, match="does not hold LaMP_6.*Avocado Research Email Collection, which needs a licence"):
+        read_rows(TASKS["LaMP_6"], tmp_path)
 
 
 def test_a_missing_split_or_missing_answers_are_errors(tmp_path):

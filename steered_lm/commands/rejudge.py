@@ -82,6 +82,8 @@ def rejudge(
         raise JudgeError(f"--out {str(out)!r} exists. Name another file, or add --overwrite; verdicts in the cache are not paid for again.")
     question = make_question(kind, persona=persona, trait=trait, description=description, rubric=rubric)
     samples = _paired(_read(files, prompt_field, limit), against, prompt_field) if against is not None else _read(files, prompt_field, limit)
+    if question.kind == "trait":
+        samples = [_with_trait(sample) for sample in samples]
     _check(question, samples)
     kept = cache or (out.with_suffix(".cache.sqlite") if out is not None else None)
     judges = make_judges(judge, question, judge_option, cache=kept if not dry_run or (kept is not None and kept.exists()) else None)
@@ -108,6 +110,11 @@ def rejudge(
 def _read(files: Sequence[Path], prompt_field: str | None, limit: int | None) -> list[SavedSample]:
     """Return the samples of all files, the first ``limit`` of each."""
     return [sample for file in sample_files(files) for sample in saved_samples(file, prompt_field)[:limit]]
+
+
+def _with_trait(sample: SavedSample) -> SavedSample:
+    """Return a sample of a trait's task with its verdict on the trait as the old one; its other numbers are made of that one."""
+    return sample if sample.trait is None else sample.model_copy(update={"old": sample.trait, "old_scores": {}})
 
 
 def _paired(samples: Sequence[SavedSample], against: Path, prompt_field: str | None) -> list[SavedSample]:

@@ -71,7 +71,8 @@ class Sampler:
 def draw(logits: Float[Tensor, "rows vocab"], sampling: Sampling, points: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
     """Return one token a row by inversion of its distribution function at ``points`` in [0, 1), in float64.
 
-    The restrictions apply in the order of transformers' ``generate``: temperature, ``top_k``, ``top_p``, ``min_p``.
+    The restrictions apply in the order of transformers' ``generate``: temperature, ``top_k``, ``top_p``, ``min_p``. Tokens that are kept stand in the
+    vocabulary's order: in that of their scores, rounding would make two that are nearly equal change places, and a draw would depend on the batch.
     """
     scores = logits.double() / sampling.temperature
     order: Tensor | None = None
@@ -85,6 +86,9 @@ def draw(logits: Float[Tensor, "rows vocab"], sampling: Sampling, points: Float[
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
     if sampling.min_p > 0:
         probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.amax(dim=-1, keepdim=True), 0.0)
+    if order is not None:
+        order, places = order.sort(dim=-1)
+        probabilities = probabilities.gather(-1, places)
     cumulative = probabilities.cumsum(dim=-1)
     target = (points * cumulative[:, -1])[:, None]
     found = torch.searchsorted(cumulative, target, right=True)[:, 0]

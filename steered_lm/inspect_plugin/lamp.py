@@ -122,20 +122,20 @@ def lamp_7(
 
 @metric(scores="unreduced")
 def macro_f1() -> Metric:
-    """Return the unweighted mean of all labels' F1, over the answers of every epoch."""
+    """Return the unweighted mean of all labels' F1, over the answers of every epoch; NaN while there are none."""
 
     def compute(scores: list[SampleScore]) -> float:
-        return macro_f1_of([Labelled(*(score.score.metadata or {})["labelled"]) for score in scores])
+        return macro_f1_of([Labelled(*(score.score.metadata or {})["labelled"]) for score in scores]) if scores else math.nan
 
     return compute
 
 
 @metric(scores="unreduced")
 def root() -> Metric:
-    """Return the root of the mean squared error, over the answers of every epoch."""
+    """Return the root of the mean squared error, over the answers of every epoch; NaN while there are none."""
 
     def compute(scores: list[SampleScore]) -> float:
-        return root_mean([score.score.as_float() for score in scores])
+        return root_mean([score.score.as_float() for score in scores]) if scores else math.nan
 
     return compute
 

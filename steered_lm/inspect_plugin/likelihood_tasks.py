@@ -18,7 +18,7 @@ from steered_lm.benchmarks.truthful import choice_prompt, true_mass
 from steered_lm.benchmarks.truthfulqa import truthfulqa_rows
 from steered_lm.content import content_dir
 from steered_lm.errors import UserError
-from steered_lm.inspect_plugin.likelihoods import Likelihood, LikelihoodRequest, likelihood_api
+from steered_lm.inspect_plugin.likelihoods import LOGLIKELIHOODS, Likelihood, LikelihoodRequest, likelihood_api
 from steered_lm.inspect_plugin.refusal import plain_refusals
 from steered_lm.measure.texts import ENGLISH, PerplexityOptions, sizes
 
@@ -196,7 +196,7 @@ def _plain(state: TaskState, task: str) -> str:
 
 def _output(answer: str, found: Sequence[Likelihood]) -> ModelOutput:
     output = ModelOutput.from_content(str(get_model()), answer)
-    names = {"loglikelihoods": "loglikelihood", "tokens": "tokens", "greedy": "is_greedy"}
+    names = {LOGLIKELIHOODS: "loglikelihood", "tokens": "tokens", "greedy": "is_greedy"}
     output.metadata = {name: [getattr(one, field) for one in found] for name, field in names.items()}
     return output
 
@@ -206,7 +206,7 @@ def likeliest_choice() -> Scorer:
     """Score whether the likeliest choice is the true one; the score's metadata holds each choice's log-likelihood."""
 
     async def score(state: TaskState, target: Target) -> Score:
-        values = _found(state)["loglikelihoods"]
+        values = _found(state)[LOGLIKELIHOODS]
         return _score(state, CORRECT if state.metadata["labels"][values.index(max(values))] else INCORRECT)
 
     return score
@@ -217,7 +217,7 @@ def true_probability() -> Scorer:
     """Score the true choices' share of all choices' probability, mc2; the score's metadata holds each choice's log-likelihood."""
 
     async def score(state: TaskState, target: Target) -> Score:
-        return _score(state, true_mass(state.metadata["labels"], _found(state)["loglikelihoods"]))
+        return _score(state, true_mass(state.metadata["labels"], _found(state)[LOGLIKELIHOODS]))
 
     return score
 
@@ -263,13 +263,15 @@ def token_perplexity() -> Metric:
 
 
 def _rate(scores: Sequence[SampleScore], unit: str) -> float:
-    """Return ``-sum of log-likelihoods / sum of unit``."""
+    """Return ``-sum of log-likelihoods / sum of unit``; NaN of no texts, which is what Inspect asks for while none is done."""
+    if not scores:
+        return math.nan
     values: list[dict[str, Any]] = [dict(one.score.as_dict()) for one in scores]
     return -math.fsum(value["loglikelihood"] for value in values) / math.fsum(value[unit] for value in values)
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < math.log(sys.float_info.max) else math.inf
+    return math.inf if value >= math.log(sys.float_info.max) else math.exp(value)
 
 
 @scorer(metrics=[word_perplexity(), byte_perplexity(), bits_per_byte(), token_perplexity()])
@@ -278,7 +280,7 @@ def predicted_text() -> Scorer:
 
     async def score(state: TaskState, target: Target) -> Score:
         found = _found(state)
-        return _score(state, {"loglikelihood": found["loglikelihoods"][0], "tokens": found["tokens"][0], **sizes(state.input_text)._asdict()})
+        return _score(state, {"loglikelihood": found[LOGLIKELIHOODS][0], "tokens": found["tokens"][0], **sizes(state.input_text)._asdict()})
 
     return score
 

@@ -7,6 +7,9 @@ from inspect_ai.model import ChatMessage, GenerateConfig, Model
 
 from steered_lm.errors import ModelError
 
+LOGLIKELIHOODS = "loglikelihoods"
+"""Where a reply's metadata holds what its texts scored; such a reply is a choice, and nothing that the model wrote."""
+
 
 class LikelihoodRequest(NamedTuple):
     """One text whose log-likelihood is asked for.

@@ -11,6 +11,7 @@ from inspect_ai.model import ChatMessage
 from inspect_ai.scorer import Score, value_to_float
 
 from steered_lm.errors import JudgeError
+from steered_lm.inspect_plugin.likelihoods import LOGLIKELIHOODS
 from steered_lm.judges.base import SCALE, JudgeRequest, Verdict
 from steered_lm.judges.samples import SavedSample, document_references, trait_verdict
 
@@ -27,7 +28,7 @@ def read_log(path: Path, *, prompt_field: str | None = None) -> list[SavedSample
             one of the user.
 
     Raises:
-        JudgeError: when the log cannot be read, has no samples, or a sample lacks the field.
+        JudgeError: when the log cannot be read, has no samples, is of a task by log-likelihood, or a sample lacks the field.
     """
     try:
         kind: Literal["eval", "json"] = "eval" if zipfile.is_zipfile(path) else "json"
@@ -45,6 +46,11 @@ def read_log(path: Path, *, prompt_field: str | None = None) -> list[SavedSample
 
 
 def _sample(path: Path, sample: EvalSample, prompt_field: str | None) -> SavedSample:
+    if LOGLIKELIHOODS in (sample.output.metadata or {}):
+        raise JudgeError(
+            f"{str(path)!r}, sample {sample.id!r}, holds log-likelihoods and no text: only samples of tasks that generate can be judged. "
+            "Leave this file out."
+        )
     metadata = sample.metadata or {}
     prompt = _prompt(sample.input) if prompt_field is None else metadata.get(prompt_field)
     if not isinstance(prompt, str):

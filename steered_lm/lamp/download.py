@@ -9,6 +9,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from steered_lm.errors import UserError, near_misses
+from steered_lm.lamp.rows import AVOCADO
 from steered_lm.lamp.task import LampTask
 
 HOST = "https://ciir.cs.umass.edu/downloads/LaMP"
@@ -43,10 +44,7 @@ def download(
         UserError: for LaMP_6, an unknown split, a host that cannot be reached, or an answer that is no such file.
     """
     if task.name == "LaMP_6":
-        raise UserError(
-            "LaMP_6 is made from the Avocado Research Email Collection, which needs a licence (Linguistic Data Consortium, LDC2015T03) and is not "
-            "downloaded. With a licence, make LaMP_6/<split>_questions.json and LaMP_6/<split>_outputs.json with LaMP's own script."
-        )
+        raise UserError(AVOCADO)
     if split not in SPLITS:
         raise UserError(f"split={split!r} does not exist. {near_misses(split, SPLITS)}")
     base = (url or os.environ.get(HOST_VARIABLE) or HOST).rstrip("/")

@@ -10,6 +10,11 @@ from typing import Any
 from steered_lm.errors import UserError
 from steered_lm.lamp.task import LampTask
 
+AVOCADO = (
+    "LaMP_6 is made from the Avocado Research Email Collection, which needs a licence (Linguistic Data Consortium, LDC2015T03) and is not "
+    "downloaded. With a licence, make LaMP_6/<split>_questions.json and LaMP_6/<split>_outputs.json with LaMP's own script."
+)
+
 DATA_FOLDER = "STEERED_LM_DATA"
 """The environment variable that names the folder of data sets, for when no option does."""
 
@@ -78,9 +83,8 @@ def _find(task: LampTask, folder: Path, split: str) -> Path:
     if others:
         raise UserError(f"{task.name} has no split={split!r} in {str(folder)!r}. There are: {', '.join(others)}.")
     looked = ", ".join(str(Path(name) / f"{split}_questions.json") for name in places)
-    raise UserError(
-        f"data={str(folder)!r} does not hold {task.name}. Looked there for {looked}. Name another folder, or see steered-lm lamp download."
-    )
+    advice = f"Name another folder. {AVOCADO}" if task.name == "LaMP_6" else "Name another folder, or see steered-lm lamp download."
+    raise UserError(f"data={str(folder)!r} does not hold {task.name}. Looked there for {looked}. {advice}")
 
 
 def _questions(task: LampTask, path: Path) -> list[Row]:
