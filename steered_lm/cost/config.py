@@ -80,13 +80,15 @@ class CostConfig(Config):
         """Return the judge of a trait (None: of the persona).
 
         Raises:
-            UserError: when there is no judge that works by default.
+            UserError: when there is no judge that works by default, or no such trait.
         """
+        from steered_lm.judges.traits import load_trait
         from steered_lm.persona.meter import TRAITS
 
         if self.judge is not None:
             return self.judge
         if trait is not None and trait not in TRAITS:
+            load_trait(trait)  # a misspelt one needs no judge, but its name
             raise UserError(
                 f"trait={trait!r} needs a judge, and none is given. Give judge=openai:<model> (any compatible endpoint, by base_url), "
                 f"anthropic:<model> or hf:<model>. Without one only the persona axes can be measured, by their markers: {', '.join(TRAITS)}."
