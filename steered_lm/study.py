@@ -86,7 +86,7 @@ class SearchConfig(Config):
     options: dict[str, Any] = Field(default_factory=dict)
     budget: int = 96
     finalists: int = 3
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class Study:

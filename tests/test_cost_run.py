@@ -19,7 +19,7 @@ from steered_lm.cli import app
 from steered_lm.content import TINY_CHAT
 from steered_lm.cost import measuring
 from steered_lm.cost import run as cost_run
-from steered_lm.cost.arms import trained_name
+from steered_lm.cost.arms import check_names, prompted_arms, trained_name
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.measures import TRAIT_GROUPS, plan_task
 from steered_lm.cost.run import run_cost
@@ -576,6 +576,22 @@ def test_what_is_wrong_is_said_before_anything_runs(spec, tmp_path, monkeypatch)
         settings(spec, tmp_path, sweep="alpha=0:1:0.5", kl=0.1)
     with pytest.raises(ValueError, match="needs traits to measure"):
         settings(spec, tmp_path, side_effects=True)
+    with pytest.raises(ValueError, match=r"seed\n.*greater than or equal to 0"):
+        settings(spec, tmp_path, seed=-1)
+    with pytest.raises(ValueError, match=r"system=' ' is blank"):
+        settings(spec, tmp_path, system=(" ",))
+    with pytest.raises(ValueError, match=r"system='Be kind\.' is given twice"):
+        settings(spec, tmp_path, system=("Be kind.", "Be kind."))
+    refused(UserError, "two arms would be called 'formal, alpha 0.123456'", sweep="alpha=0.1234561,0.1234562")
+    assert calls == []
+
+
+def test_system_turns_that_begin_alike_are_arms_of_their_own():
+    turns = [f"Answer as a formal person of the old school would {what}." for what in ("speak", "write", "sing")]
+    arms = prompted_arms([*turns, "Be kind."])
+    assert [arm.name[-5:] for arm in arms] == [" wou…", "… (2)", "… (3)", "kind."]
+    assert [arm.system for arm in arms] == [*turns, "Be kind."]
+    check_names(arms)
 
 
 def test_names_of_tasks_are_ours_with_and_without_prefix(monkeypatch):

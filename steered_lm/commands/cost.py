@@ -61,7 +61,7 @@ def cost(
     tolerance: Annotated[float, typer.Option(help="Loss that is accepted, a share of each measure's scale: 0.02 are two points of accuracy.")] = 0.02,
     perplexity_tolerance: Annotated[float, typer.Option(help="Growth of perplexity that is accepted: 0.05 is five per cent.")] = 0.05,
     missing_limit: Annotated[float, typer.Option(help="Stop when more than this share of a task's judgements fails.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="Of sampled responses and of the tests' random sign patterns.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of sampled responses and of the tests' random sign patterns.", min=0)] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",

@@ -64,7 +64,7 @@ class CostConfig(Config):
     tolerance: float = Field(default=0.02, gt=0, lt=1)
     perplexity_tolerance: float = Field(default=0.05, gt=0)
     missing_limit: float = Field(default=0.2, ge=0, le=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -72,6 +72,11 @@ class CostConfig(Config):
             raise ValueError(f"kl={self.kl:g} sets alpha, and so does sweep={self.sweep!r}; give one of them")
         if self.text == "none" and (self.kl is not None or (self.sweep or "").startswith("kl")):
             raise ValueError("text='none' leaves nothing to measure a KL divergence on; name a text")
+        for turn in self.system:
+            if not turn.strip():
+                raise ValueError(f"system={turn!r} is blank, and a model without a system turn is the unsteered one, which is always among the arms")
+            if self.system.count(turn) > 1:
+                raise ValueError(f"system={turn!r} is given twice; give each turn once")
         if self.side_effects and not self.traits:
             raise ValueError("side_effects needs traits to measure; name them by traits")
         return self

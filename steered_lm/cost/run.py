@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steered_lm.cost.arms import Arm, base_arms, load_specs, prompted_arm, side_effect_arms, trained_arm
+from steered_lm.cost.arms import Arm, base_arms, check_names, load_specs, prompted_arms, side_effect_arms, trained_arm
 from steered_lm.cost.cells import Cells, check_folder
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.gather import fluency_measures, item_measure, samples, token_measure
@@ -67,8 +67,10 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     cells = Cells(config.out / "cells")
     base = Measuring(config, lm, cells, read_text(config, lm))
     arms = base_arms(specs, sweeps, config.kl, base.at_kl)
-    arms += [prompted_arm(system) for system in config.system]
+    arms += prompted_arms(config.system)
     arms += side_effect_arms(next(iter(specs.values())), config.kl, base.at_kl) if config.side_effects else []
+    trained = [trained_arm(name, folder) for name, folder in config.peft.items()]
+    check_names([*arms, *trained])
     for arm in arms:
         if arm.spec is not None:
             lm.steerer.compile(arm.spec)
@@ -77,7 +79,6 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     results = _measured(base, loaded, arms, counter)
     info, text = _model_info(config, base), base.text
     del base, lm  # one model at a time in memory
-    trained = [trained_arm(name, folder) for name, folder in config.peft.items()]
     for arm, (name, digest) in zip(trained, adapters.items(), strict=True):
         gc.collect()  # hooks and model hold each other
         model = Measuring(config, load_lm(config.model, peft=str(config.peft[name])), cells, text, adapter=digest)
