@@ -41,7 +41,7 @@ class ModelConfig(Config):
 
     model: str = TINY_CHAT
     device: str | None = None
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     prompt_format: PromptFormat = "chat"
     memory_budget: str | None = None

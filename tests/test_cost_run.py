@@ -557,6 +557,7 @@ def test_what_is_wrong_is_said_before_anything_runs(spec, tmp_path, monkeypatch)
     refused(UserError, r"trait='formalty' is none of ours.* Did you mean 'formality'", traits=("formalty",))
     refused(UserError, "persona='walter'", persona="walter")
     refused(UserError, "data=", tasks=("mmlu",), data=str(tmp_path / "nowhere"))
+    refused(UserError, "num_fewshot=5: none of tiny_knowledge takes examples", num_fewshot=5)
     refused(UserError, "does not exist", text="nowhere.txt")
     refused(SpecError, "given twice", steering=(spec, spec))
     (tmp_path / "file").touch()
@@ -576,6 +577,8 @@ def test_what_is_wrong_is_said_before_anything_runs(spec, tmp_path, monkeypatch)
         settings(spec, tmp_path, sweep="alpha=0:1:0.5", kl=0.1)
     with pytest.raises(ValueError, match="needs traits to measure"):
         settings(spec, tmp_path, side_effects=True)
+    with pytest.raises(ValueError, match=r"dtype\n.*'auto', 'float32', 'bfloat16' or 'float16'"):
+        ModelConfig(dtype="float8")
     with pytest.raises(ValueError, match=r"seed\n.*greater than or equal to 0"):
         settings(spec, tmp_path, seed=-1)
     with pytest.raises(ValueError, match=r"system=' ' is blank"):

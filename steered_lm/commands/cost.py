@@ -54,7 +54,7 @@ def cost(
     data: Annotated[str | None, typer.Option(help="Folder with truthfulqa/, mmlu/, LaMP_n/; by default STEERED_LM_DATA, or the hub.")] = None,
     text: Annotated[str | None, typer.Option(help="Whose perplexity: a text file, JSONL, a text of ours (english, tiny_talk), or none.")] = None,
     split: Annotated[str, typer.Option(help="Where a document of a text file ends: paragraph, line or file.")] = "paragraph",
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompts of multiple-choice tasks.", min=0)] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompts of MMLU and TruthfulQA.", min=0)] = None,
     limit: Annotated[int | None, typer.Option(help="Items a task; by default all.", min=1)] = None,
     samples: Annotated[int, typer.Option(help="Responses a question of a trait; several are sampled.", min=1)] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Length of responses.", min=1)] = 64,

@@ -121,7 +121,7 @@ def check_names(arms: Sequence[Arm | CostArm]) -> None:
     names = [arm.name for arm in arms]
     repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if repeated:
-        raise UserError(f"two arms would be called {repeated[0]!r}. Rename the spec's file, or take swept values that differ in their first six digits.")
+        raise UserError(f"two arms would be called {repeated[0]!r}. Rename the spec's file, or take swept values further apart.")
 
 
 def trained_name(adapter: Path) -> str:

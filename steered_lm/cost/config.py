@@ -30,7 +30,7 @@ class CostConfig(Config):
         judge_cache: SQLite file that keeps verdicts; by default in ``out``.
         data: folder of local data, see docs/tasks.md.
         text: whose perplexity is measured, and on which ``kl`` is; ``none`` measures none.
-        num_fewshot: examples in each prompt of multiple-choice tasks.
+        num_fewshot: examples in each prompt of MMLU and TruthfulQA; other tasks take none.
         limit: items a task.
         samples: responses a question of a trait.
         max_new_tokens: length of responses.

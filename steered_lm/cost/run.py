@@ -16,7 +16,7 @@ from steered_lm.cost.measuring import Measuring, Text, adapter_digest, read_text
 from steered_lm.cost.sweep import Sweep
 from steered_lm.errors import UserError
 from steered_lm.harness.chat_task import ChatTask
-from steered_lm.harness.items import ItemResult, load_task
+from steered_lm.harness.items import ItemResult, load_task, takes_examples
 from steered_lm.harness.quiet import quiet_loading
 from steered_lm.judges import COMPUTED
 from steered_lm.measure.means import TokenMean
@@ -61,6 +61,9 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     check_folder(config.out / "cells")
     # tasks come with their data and judges, and what is wrong with those is known sooner than a model is loaded
     loaded = [_Loaded(plan, tuple(load_task(name, _metadata(config, plan), num_fewshot=config.num_fewshot) for name in plan.tasks)) for plan in plans]
+    if config.num_fewshot and not any(takes_examples(task) for one in loaded for task in one.tasks):
+        names = ", ".join(plan.name for plan in plans)
+        raise UserError(f"num_fewshot={config.num_fewshot}: none of {names} takes examples. Leave it out, or add mmlu or truthfulqa_mc1.")
     lm = load_lm(config.model)
     for spec in specs.values():
         lm.steerer.compile(spec)
@@ -215,7 +218,7 @@ def _settings(config: CostConfig) -> dict[str, Scalar]:
         "sweep": config.sweep,
         "KL of each spec": config.kl,
         "judge": config.judge,
-        "examples in a prompt": config.num_fewshot,
+        "examples in a prompt of MMLU and TruthfulQA": config.num_fewshot,
         "items a task": config.limit,
         "responses a question": config.samples,
         "max new tokens of traits and persona": config.max_new_tokens,
