@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from fault_server import FaultServer, guesses, says
+from hub_folder import save_small_data
 from tiny_harness import STORIES, save_vectors, spec_of
 from tiny_models import vectors_for
 from typer.testing import CliRunner
@@ -564,6 +565,8 @@ def test_what_is_wrong_is_said_before_anything_runs(spec, tmp_path, monkeypatch)
     refused(UserError, r"out='.*file' cannot be written: Not a directory\. Name a folder that can", out=tmp_path / "file")
     refused(UserError, r"out='.*more' cannot be written", out=tmp_path / "file" / "more")
     refused(UserError, "layer", sweep="layer=2:3")
+    local = str(save_small_data(tmp_path / "data"))
+    refused(UserError, r"num_fewshot=9: steered_mmlu_virology has 5 questions to take", tasks=("mmlu_virology",), data=local, num_fewshot=9)
     base = SteeringSpec.load(spec)
     prompts = SteeringSpec.model_validate({**base.model_dump(), "positions": "prompt"}).save(tmp_path / "prompts.yaml")
     refused(SpecError, r"text='tiny_talk': positions='prompt' steers nothing.*text='none'", steering=(prompts,), text="tiny_talk")
