@@ -35,7 +35,7 @@ from steered_lm.report.cost_matrix import matrix_axes
 from steered_lm.report.cost_page import build_cost, cost_csv
 from steered_lm.steering.spec import Site, SteeringSpec, VectorsRef
 from steered_lm.steering.vectors import TraitVectors
-from steered_lm.study import ModelConfig
+from steered_lm.study import ModelConfig, load_lm, load_model
 from steered_lm.tiny_chat.evaluate import load
 
 SHARED_DATA = STORIES.parents[1]
@@ -590,6 +590,19 @@ def test_what_is_wrong_is_said_before_anything_runs(spec, tmp_path, monkeypatch)
         settings(spec, tmp_path, system=("Be kind.", "Be kind."))
     refused(UserError, "two arms would be called 'formal, alpha 0.123456'", sweep="alpha=0.1234561,0.1234562")
     assert calls == []
+
+
+def test_a_model_adapter_or_device_that_is_not_there_is_told(tmp_path):
+    (tmp_path / "model").mkdir()
+    nowhere = ModelConfig(model=str(tmp_path / "model"))
+    for had in (load_lm, load_model):
+        with pytest.raises(ModelError, match="' cannot be loaded: .*Give a hub id, a folder, or steered-lm/tiny-chat"):
+            had(nowhere)
+        with pytest.raises(ModelError, match="device='cuda:99' is not there: this machine has .* Leave it out, or give cpu"):
+            had(ModelConfig(device="cuda:99"))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"peft='.*' cannot be loaded with model='steered-lm/tiny-chat': KeyError: 'peft_type'"):
+        load_lm(ModelConfig(), peft=str(tmp_path))
 
 
 def test_system_turns_that_begin_alike_are_arms_of_their_own():
