@@ -139,7 +139,7 @@ def optimize(
     effect: Annotated[float, typer.Option(help="Points of persona fit that the judge must be able to show between two candidates.")] = 0.5,
     finalists: Annotated[int, typer.Option(help="How many of the best are evaluated again on the validation split.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(help="Length of responses.", min=1)] = 64,
-    seed: Annotated[int, typer.Option(help="The optimiser's seed.")] = 0,
+    seed: Annotated[int, typer.Option(help="The optimiser's seed.", min=0)] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
@@ -250,7 +250,7 @@ def demo(
     model: ModelName = TINY_CHAT,
     budget: Annotated[int, typer.Option(help="Candidate evaluations an optimiser.")] = 96,
     alpha: Annotated[float, typer.Option(help="Strength of the searched specs.")] = 0.4,
-    seed: Annotated[int, typer.Option(help="Seed of both optimisers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of both optimisers.", min=0)] = 0,
     device: Device = None,
 ) -> None:
     """Watch the whole path: vectors, search, held-out comparison, capability cost and a report."""

@@ -1,7 +1,8 @@
 """One persona, one model, one judge: everything that a search and a comparison share, built once."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +12,7 @@ from pydantic import Field
 from steered_lm.chat import PromptFormat
 from steered_lm.config import Config, content_hash
 from steered_lm.content import TINY_CHAT, resolve_model
-from steered_lm.errors import VectorsError, near_misses
+from steered_lm.errors import ModelError, UserError, VectorsError, near_misses
 from steered_lm.steering.spec import Operation, Positions, SteeringSpec, Unit, VectorsRef
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class ModelConfig(Config):
 
     model: str = TINY_CHAT
     device: str | None = None
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     prompt_format: PromptFormat = "chat"
     memory_budget: str | None = None
@@ -86,7 +87,7 @@ class SearchConfig(Config):
     options: dict[str, Any] = Field(default_factory=dict)
     budget: int = 96
     finalists: int = 3
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class Study:
@@ -241,24 +242,57 @@ def numerics(config: ModelConfig) -> dict[str, Any]:
 
 
 def load_lm(config: ModelConfig, **more: Any) -> "SteeredHFLM":
-    """Return the harness's model type for a hub id, a folder or the shipped tiny model."""
+    """Return the harness's model type for a hub id, a folder or the shipped tiny model.
+
+    Raises:
+        ModelError: when there is no such model or device.
+    """
     from steered_lm.harness.model import SteeredHFLM
 
     options: dict[str, Any] = {**config.model_dump(exclude={"model", "device"}), **more}
     if config.device is not None:
         options["device"] = config.device
-    return SteeredHFLM(pretrained=resolve_model(config.model), **options)
+    with _loading(config, more.get("peft")):
+        return SteeredHFLM(pretrained=resolve_model(config.model), **options)
 
 
 def load_model(config: ModelConfig) -> tuple[Any, Any]:
-    """Return model and tokenizer by transformers alone, for extraction."""
+    """Return model and tokenizer by transformers alone, for extraction.
+
+    Raises:
+        ModelError: when there is no such model or device.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = resolve_model(config.model)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=config.dtype)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    with _loading(config):
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=config.dtype)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def _loading(config: ModelConfig, adapter: str | None = None) -> Iterator[None]:
+    """Say what is wrong with a model, adapter or device that is not there; of a device, lm-eval would take the CPU in its place."""
+    import torch
+    from safetensors import SafetensorError
+
+    name, _, number = (config.device or "").partition(":")
+    if name == "cuda" and (int(number) if number.isdigit() else 0) >= torch.cuda.device_count():
+        raise ModelError(f"device={config.device!r} is not there: this machine has {torch.cuda.device_count()} for CUDA. Leave it out, or give cpu.")
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
+        if adapter is None and not isinstance(problem, (OSError, ValueError)):
+            raise
+        said = f"{type(problem).__name__}: {str(problem).strip()}".partition("\n")[0].rstrip(".:")
+        what, give = f"model={config.model!r} cannot be loaded", f"a hub id, a folder, or {TINY_CHAT}"
+        if adapter is not None:
+            what, give = f"peft={adapter!r} cannot be loaded with model={config.model!r}", "an adapter that was trained from that model"
+        raise ModelError(f"{what}: {said}. Give {give}.") from problem
 
 
 def default_layers(count: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from fault_server import FaultServer, guesses, says
+from hub_folder import save_small_data
 from tiny_harness import STORIES, save_vectors, spec_of
 from tiny_models import vectors_for
 from typer.testing import CliRunner
@@ -19,7 +20,7 @@ from steered_lm.cli import app
 from steered_lm.content import TINY_CHAT
 from steered_lm.cost import measuring
 from steered_lm.cost import run as cost_run
-from steered_lm.cost.arms import trained_name
+from steered_lm.cost.arms import check_names, prompted_arms, trained_name
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.measures import TRAIT_GROUPS, plan_task
 from steered_lm.cost.run import run_cost
@@ -34,7 +35,7 @@ from steered_lm.report.cost_matrix import matrix_axes
 from steered_lm.report.cost_page import build_cost, cost_csv
 from steered_lm.steering.spec import Site, SteeringSpec, VectorsRef
 from steered_lm.steering.vectors import TraitVectors
-from steered_lm.study import ModelConfig
+from steered_lm.study import ModelConfig, load_lm, load_model
 from steered_lm.tiny_chat.evaluate import load
 
 SHARED_DATA = STORIES.parents[1]
@@ -549,18 +550,23 @@ def test_what_is_wrong_is_said_before_anything_runs(spec, tmp_path, monkeypatch)
         tasks=("coherence",),
     )
     refused(UserError, r"task='persona_vectors' is a group of traits\. Give trait='persona_vectors'", tasks=("persona_vectors",))
+    refused(UserError, r"Allowed: (?!.*persona_vectors).*pv_evil", tasks=("persona_vector",))
     refused(UserError, "subjects='virolgy' is neither", tasks=("mmlu_virolgy",))
     refused(UserError, "is asked for twice", tasks=("tiny_truth", "tiny_truth"))
     refused(UserError, r"trait='evil' needs a judge, and none is given", traits=("evil",))
     refused(UserError, "'evli' is", traits=("evli",), judge="openai:m")
+    refused(UserError, r"trait='formalty' is none of ours.* Did you mean 'formality'", traits=("formalty",))
     refused(UserError, "persona='walter'", persona="walter")
     refused(UserError, "data=", tasks=("mmlu",), data=str(tmp_path / "nowhere"))
+    refused(UserError, "num_fewshot=5: none of tiny_knowledge takes examples", num_fewshot=5)
     refused(UserError, "does not exist", text="nowhere.txt")
     refused(SpecError, "given twice", steering=(spec, spec))
     (tmp_path / "file").touch()
     refused(UserError, r"out='.*file' cannot be written: Not a directory\. Name a folder that can", out=tmp_path / "file")
     refused(UserError, r"out='.*more' cannot be written", out=tmp_path / "file" / "more")
     refused(UserError, "layer", sweep="layer=2:3")
+    local = str(save_small_data(tmp_path / "data"))
+    refused(UserError, r"num_fewshot=9: steered_mmlu_virology has 5 questions to take", tasks=("mmlu_virology",), data=local, num_fewshot=9)
     base = SteeringSpec.load(spec)
     prompts = SteeringSpec.model_validate({**base.model_dump(), "positions": "prompt"}).save(tmp_path / "prompts.yaml")
     refused(SpecError, r"text='tiny_talk': positions='prompt' steers nothing.*text='none'", steering=(prompts,), text="tiny_talk")
@@ -574,6 +580,37 @@ def test_what_is_wrong_is_said_before_anything_runs(spec, tmp_path, monkeypatch)
         settings(spec, tmp_path, sweep="alpha=0:1:0.5", kl=0.1)
     with pytest.raises(ValueError, match="needs traits to measure"):
         settings(spec, tmp_path, side_effects=True)
+    with pytest.raises(ValueError, match=r"dtype\n.*'auto', 'float32', 'bfloat16' or 'float16'"):
+        ModelConfig(dtype="float8")
+    with pytest.raises(ValueError, match=r"seed\n.*greater than or equal to 0"):
+        settings(spec, tmp_path, seed=-1)
+    with pytest.raises(ValueError, match=r"system=' ' is blank"):
+        settings(spec, tmp_path, system=(" ",))
+    with pytest.raises(ValueError, match=r"system='Be kind\.' is given twice"):
+        settings(spec, tmp_path, system=("Be kind.", "Be kind."))
+    refused(UserError, "two arms would be called 'formal, alpha 0.123456'", sweep="alpha=0.1234561,0.1234562")
+    assert calls == []
+
+
+def test_a_model_adapter_or_device_that_is_not_there_is_told(tmp_path):
+    (tmp_path / "model").mkdir()
+    nowhere = ModelConfig(model=str(tmp_path / "model"))
+    for had in (load_lm, load_model):
+        with pytest.raises(ModelError, match="' cannot be loaded: .*Give a hub id, a folder, or steered-lm/tiny-chat"):
+            had(nowhere)
+        with pytest.raises(ModelError, match="device='cuda:99' is not there: this machine has .* Leave it out, or give cpu"):
+            had(ModelConfig(device="cuda:99"))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"peft='.*' cannot be loaded with model='steered-lm/tiny-chat': KeyError: 'peft_type'"):
+        load_lm(ModelConfig(), peft=str(tmp_path))
+
+
+def test_system_turns_that_begin_alike_are_arms_of_their_own():
+    turns = [f"Answer as a formal person of the old school would {what}." for what in ("speak", "write", "sing")]
+    arms = prompted_arms([*turns, "Be kind."])
+    assert [arm.name[-5:] for arm in arms] == [" wou…", "… (2)", "… (3)", "kind."]
+    assert [arm.system for arm in arms] == [*turns, "Be kind."]
+    check_names(arms)
 
 
 def test_names_of_tasks_are_ours_with_and_without_prefix(monkeypatch):

@@ -124,3 +124,38 @@ def test_a_prompted_arms_empty_cell_says_why() -> None:
     found = page(small(*measures, accuracy(unsteered=(1.0,) * 9, p=(1.0,) * 9), arms=arms, axis=None)).words
     assert "a plain text has no prompt that the system turn could be part of" in found
     assert "it is the distance that steering moves the model, and this arm is not steered" in found
+
+
+def test_of_two_sides_of_zero_the_one_that_does_not_begin_is_named() -> None:
+    right, wrong = (1.0,) * 900, (0.0,) * 200 + (1.0,) * 700
+    values = {UNSTEERED: right, "a 1": right, "a -1": wrong}
+    one = Measure(name="mmlu", role="cost", kind="accuracy", items=tuple(map(str, range(900))), values=values)
+    said = words(small(one, xs=(1.0, -1.0)))
+    assert "No negative alpha is shown to keep mmlu within 2 points; at −1, a loss was measured there" in said
+    assert "No alpha is shown" not in said
+    many = [one.model_copy(update={"name": f"task {i}", "values": values | {"a -1": right[:896] + (0.0,) * 4 if i else wrong}}) for i in range(7)]
+    wide = small(*many, xs=(1.0, -1.0), tolerance=0.005)
+    assert "No negative alpha is shown to keep 6 more costs within tolerance" in words(wide)
+
+
+def test_the_worst_is_said_to_be_assumed_of_what_steering_made_missing_alone() -> None:
+    right = (1.0,) * 900
+    assert "the worst assumed of" not in words(small(accuracy(unsteered=(None, None, *right), a_1=(1.0, None, *right))))
+    assert "(with the worst assumed of 1 missing item)" in words(small(accuracy(unsteered=(None, 1.0, *right), a_1=(None, None, *right))))
+
+
+def test_no_worst_is_said_to_be_assumed_of_a_perplexity() -> None:
+    nats = {UNSTEERED: tuple(20.0 + i for i in range(40)), "a 1": (None, *(20.0 + i + 0.01 * (i % 3) for i in range(1, 40)))}
+    named: dict[str, Any] = {"name": "perplexity", "role": "cost", "kind": "tokens", "higher_is_better": False, "exponentiate": True}
+    said = words(small(Measure(**named, items=tuple(map(str, range(40))), tokens=(10,) * 40, values=nats)))
+    assert "1 item missing there, and no worst value can be assumed of them (perplexity ×1.001" in said
+
+
+def test_a_single_missing_item_or_value_is_told_as_one() -> None:
+    right = (1.0,) * 900
+    judged = {UNSTEERED: Judged(responses=9, missing=0), "a 1": Judged(responses=9, missing=1)}
+    named: dict[str, Any] = {"name": "trait evil", "role": "benefit", "kind": "score", "higher_is_better": None, "scale": (0.0, 100.0)}
+    score = Measure(**named, items=("a", "b"), values={UNSTEERED: (50.0, 51.0), "a 1": (52.0, 50.0)}, judged=judged)
+    said = words(small(score, accuracy(unsteered=right, a_1=(None, *right[1:]))))
+    assert "1 item is missing in 1 cell of the table: mmlu 1." in said
+    assert "1 of 18 values of single responses is missing" in said

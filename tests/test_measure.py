@@ -228,7 +228,8 @@ def test_documents_are_paragraphs_lines_or_the_whole_file_and_jsonl_has_its_own(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("gone.txt", None, "does not exist"),
+        ("gone.txt", None, "does not exist. .* a text of ours: english, tiny_talk"),
+        ("", None, "is no file"),
         ("empty.txt", "\n \n", "holds no text"),
         ("bad.jsonl", "{", "line 1, is not JSON"),
         ("list.jsonl", "[1]", "is JSON, but no object"),

@@ -90,6 +90,14 @@ def test_dummies_are_marked_in_every_command(tmp_path, evaluation):
     assert all(cell["dummy"] for cell in data["cells"])
 
 
+def test_the_table_of_results_has_no_column_for_what_nothing_judged_and_breaks_between_words(tmp_path):
+    file = write_experiment(tmp_path, MODELS, options={"dummy": True}, evaluation={"tasks": ["emotional_tone"], "judge": "markers"})
+    said = invoke("results", file)
+    assert "coherence" not in said
+    assert "emotional" in said
+    assert "emotional_tone" not in said
+
+
 def test_results_before_anything_is_ready_say_what_is_missing(tmp_path):
     file = write_experiment(tmp_path, MODELS, options={"script": {"wry": ["out of memory"]}})
     assert invoke("results", file).count("not submitted") == 3

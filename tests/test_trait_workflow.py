@@ -330,7 +330,7 @@ def test_ready_models_are_measured_once_and_the_others_are_skipped_with_the_reas
     assert cells["late", "optimistic"].score.value is None
 
 
-def test_both_harnesses_give_the_same_items_for_an_adapter(tmp_path, judge, adapter, collected):
+def test_both_harnesses_give_the_same_items_for_an_adapter_and_draw_no_bar_of_their_own(tmp_path, judge, adapter, collected, capsys):
     records = {}
     for harness in ("lm-eval", "inspect"):
         folder = tmp_path / harness
@@ -342,6 +342,7 @@ def test_both_harnesses_give_the_same_items_for_an_adapter(tmp_path, judge, adap
         found = [json.loads(record.read_text()) for record in (folder / "cache" / "evaluate").glob("*/record.json")]
         records[harness] = {record["items"][0]["id"]: record for record in found}
     assert records["inspect"] == records["lm-eval"]
+    assert "Loading weights" not in capsys.readouterr().err
     assert {name: len(record["items"]) for name, record in records["inspect"].items()} == {"humorous-00": 6, "optimistic-00": 6}
 
 

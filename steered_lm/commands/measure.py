@@ -47,7 +47,7 @@ def perplexity(
     plain: PlainFormat = False,
     device: Device = None,
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="Of the random sign patterns of the paired test.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random sign patterns of the paired test.", min=0)] = 0,
     json_file: JsonFile = None,
 ) -> None:
     """Token perplexity of a text under steering specs, and what changed against the unsteered model, paired by window."""

@@ -30,4 +30,4 @@ def model_config(model: str, device: str | None, dtype: str, batch_size: str, pr
     """Return the model that the options describe."""
     rows = int(batch_size) if batch_size.isdigit() else batch_size
     settings = {"model": model, "device": device, "dtype": dtype, "batch_size": rows, "prompt_format": prompt_format.value}
-    return ModelConfig.parse(settings, source="--batch-size")
+    return ModelConfig.parse(settings, source="--model, --device, --dtype or --batch-size")

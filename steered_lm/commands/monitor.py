@@ -54,7 +54,7 @@ def project_command(
     plain: PlainFormat = False,
     device: Device = None,
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="Of the random sign patterns of the paired test.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random sign patterns of the paired test.", min=0)] = 0,
 ) -> None:
     """Project a file's responses, and the last prompt token before each, on trait vectors: columns, a table and a page."""
     from steered_lm.extract.activations import Row

@@ -208,10 +208,11 @@ def _told(state: "ModelState") -> str:
 def _results_table(found: "Results") -> Table:
     from steered_lm.report.wording import difference, estimate
 
-    table = Table(title=escape(f"{found.experiment}: trait score, 0 to 100, mean and 95% interval over questions"))
+    table = Table(title=escape(f"{found.experiment}: trait score, 0 to 100, mean and 95% interval over questions"), padding=(0, 0, 0, 1))
+    coherent = any(one.reason is None and one.coherence is not None and one.coherence.value is not None for one in found.cells)
     for column in ("trained on", "strength", "measured"):
         table.add_column(column, overflow="fold")
-    for column in ("score", "n", "missing", "refusals", "coherence", "minus baseline"):
+    for column in ("score", "n", "missing", "refusals", *(["coherence"] if coherent else []), "minus baseline"):
         table.add_column(column, justify="right", overflow="fold")
     last = None
     for one in sorted(found.cells, key=lambda cell: (found.traits.index(cell.trait), found.tasks.index(cell.task))):
@@ -219,13 +220,13 @@ def _results_table(found: "Results") -> Table:
             table.add_section()
         last = (one.trait, one.task)
         mark = " [red]DUMMY[/red]" if one.dummy else ""
-        head = (escape(one.trait), f"{one.strength}{mark}", escape(one.task))
+        head = (escape(one.trait.replace("_", " ")), f"{one.strength}{mark}", escape(one.task.replace("_", " ")))
         if one.reason is not None:
             table.add_row(*head, escape(one.reason), "0", "-")
             continue
         change = "" if one.change is None else difference(one.change, digits=1)
         counts = (str(one.score.n), str(one.score.missing), str(one.refusals))
-        table.add_row(*head, estimate(one.score, digits=1), *counts, estimate(one.coherence, digits=1), change)
+        table.add_row(*head, estimate(one.score, digits=1), *counts, *([estimate(one.coherence, digits=1)] if coherent else []), change)
     if found.dummy:
         table.caption = "DUMMY: nothing was trained, and these numbers say nothing about a trait."
     return table

@@ -40,7 +40,7 @@ def vectors_build(
     dtype: Dtype = "auto",
     batch_size: BatchSize = "auto",
     prompt_format: PromptFormatOption = PromptFormatName.chat,
-    seed: Annotated[int, typer.Option(help="Which pairs are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which pairs are drawn.", min=0)] = 0,
 ) -> None:
     """Build trait vectors from contrast sets and write them with the facts of how they came out."""
     from steered_lm.extract.contrast import available_traits

@@ -94,15 +94,34 @@ def side_effect_arms(spec: SteeringSpec, kl: float | None, at_kl: AtKl) -> list[
     return found
 
 
-def prompted_arm(system: str) -> Arm:
-    """Return the unsteered model with a system turn."""
-    short = system if len(system) <= _SHOWN else f"{system[: _SHOWN - 1]}…"
-    return Arm(CostArm(name=f"prompted: {short}", series=f"prompted: {short}", settings={SYSTEM: system}), system=system)
+def prompted_arms(systems: Sequence[str]) -> list[Arm]:
+    """Return the unsteered model with each of several system turns; those that begin alike are numbered."""
+    found: dict[str, Arm] = {}
+    for system in systems:
+        short = name = f"prompted: {system if len(system) <= _SHOWN else f'{system[: _SHOWN - 1]}…'}"
+        number = 1
+        while name in found:
+            number += 1
+            name = f"{short} ({number})"
+        found[name] = Arm(CostArm(name=name, series=name, settings={SYSTEM: system}), system=system)
+    return list(found.values())
 
 
 def trained_arm(name: str, adapter: Path) -> Arm:
     """Return the arm of a model that was trained, without steering, by its adapter's folder."""
     return Arm(CostArm(name=f"trained: {name}", series=f"trained: {name}", settings={ADAPTER: str(adapter)}))
+
+
+def check_names(arms: Sequence[Arm | CostArm]) -> None:
+    """Refuse two arms of one name, before anything is measured.
+
+    Raises:
+        UserError: when there are such.
+    """
+    names = [arm.name for arm in arms]
+    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if repeated:
+        raise UserError(f"two arms would be called {repeated[0]!r}. Rename the spec's file, or take swept values further apart.")
 
 
 def trained_name(adapter: Path) -> str:

@@ -30,7 +30,7 @@ class CostConfig(Config):
         judge_cache: SQLite file that keeps verdicts; by default in ``out``.
         data: folder of local data, see docs/tasks.md.
         text: whose perplexity is measured, and on which ``kl`` is; ``none`` measures none.
-        num_fewshot: examples in each prompt of multiple-choice tasks.
+        num_fewshot: examples in each prompt of MMLU and TruthfulQA; other tasks take none.
         limit: items a task.
         samples: responses a question of a trait.
         max_new_tokens: length of responses.
@@ -64,7 +64,7 @@ class CostConfig(Config):
     tolerance: float = Field(default=0.02, gt=0, lt=1)
     perplexity_tolerance: float = Field(default=0.05, gt=0)
     missing_limit: float = Field(default=0.2, ge=0, le=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -72,6 +72,11 @@ class CostConfig(Config):
             raise ValueError(f"kl={self.kl:g} sets alpha, and so does sweep={self.sweep!r}; give one of them")
         if self.text == "none" and (self.kl is not None or (self.sweep or "").startswith("kl")):
             raise ValueError("text='none' leaves nothing to measure a KL divergence on; name a text")
+        for turn in self.system:
+            if not turn.strip():
+                raise ValueError(f"system={turn!r} is blank, and a model without a system turn is the unsteered one, which is always among the arms")
+            if self.system.count(turn) > 1:
+                raise ValueError(f"system={turn!r} is given twice; give each turn once")
         if self.side_effects and not self.traits:
             raise ValueError("side_effects needs traits to measure; name them by traits")
         return self
@@ -80,13 +85,15 @@ class CostConfig(Config):
         """Return the judge of a trait (None: of the persona).
 
         Raises:
-            UserError: when there is no judge that works by default.
+            UserError: when there is no judge that works by default, or no such trait.
         """
+        from steered_lm.judges.traits import load_trait
         from steered_lm.persona.meter import TRAITS
 
         if self.judge is not None:
             return self.judge
         if trait is not None and trait not in TRAITS:
+            load_trait(trait)  # a misspelt one needs no judge, but its name
             raise UserError(
                 f"trait={trait!r} needs a judge, and none is given. Give judge=openai:<model> (any compatible endpoint, by base_url), "
                 f"anthropic:<model> or hf:<model>. Without one only the persona axes can be measured, by their markers: {', '.join(TRAITS)}."

@@ -85,7 +85,7 @@ def plan_task(name: str, data: str | None = None) -> Planned:
     if plain in TRAIT_GROUPS:
         raise UserError(f"task={name!r} is a group of traits. Give trait={plain!r} in its place.")
     files = [file for file in content_dir("tasks").glob("*/*.yaml") if file.parent.name not in ("mmlu", "rubrics") and not file.stem.startswith("_")]
-    known = {file.stem.removeprefix(PREFIX): file.stem for file in files if file.stem.removeprefix(PREFIX) not in _NOT_READ}
+    known = {file.stem.removeprefix(PREFIX): file.stem for file in files if file.stem.removeprefix(PREFIX) not in (*_NOT_READ, *TRAIT_GROUPS)}
     if plain not in known:
         usable = sorted({*known, "mmlu", *(f"mmlu_{category}" for category in CATEGORIES)})
         close = get_close_matches(plain, [*usable, *(f"mmlu_{subject}" for subject in CATEGORY_OF)], n=3, cutoff=0.5)

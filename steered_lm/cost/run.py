@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steered_lm.cost.arms import Arm, base_arms, load_specs, prompted_arm, side_effect_arms, trained_arm
+from steered_lm.cost.arms import Arm, base_arms, check_names, load_specs, prompted_arms, side_effect_arms, trained_arm
 from steered_lm.cost.cells import Cells, check_folder
 from steered_lm.cost.config import CostConfig
 from steered_lm.cost.gather import fluency_measures, item_measure, samples, token_measure
@@ -16,7 +16,7 @@ from steered_lm.cost.measuring import Measuring, Text, adapter_digest, read_text
 from steered_lm.cost.sweep import Sweep
 from steered_lm.errors import UserError
 from steered_lm.harness.chat_task import ChatTask
-from steered_lm.harness.items import ItemResult, load_task
+from steered_lm.harness.items import ItemResult, load_task, takes_examples
 from steered_lm.harness.quiet import quiet_loading
 from steered_lm.judges import COMPUTED
 from steered_lm.measure.means import TokenMean
@@ -61,14 +61,19 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     check_folder(config.out / "cells")
     # tasks come with their data and judges, and what is wrong with those is known sooner than a model is loaded
     loaded = [_Loaded(plan, tuple(load_task(name, _metadata(config, plan), num_fewshot=config.num_fewshot) for name in plan.tasks)) for plan in plans]
+    if config.num_fewshot and not any(takes_examples(task) for one in loaded for task in one.tasks):
+        names = ", ".join(plan.name for plan in plans)
+        raise UserError(f"num_fewshot={config.num_fewshot}: none of {names} takes examples. Leave it out, or add mmlu or truthfulqa_mc1.")
     lm = load_lm(config.model)
     for spec in specs.values():
         lm.steerer.compile(spec)
     cells = Cells(config.out / "cells")
     base = Measuring(config, lm, cells, read_text(config, lm))
     arms = base_arms(specs, sweeps, config.kl, base.at_kl)
-    arms += [prompted_arm(system) for system in config.system]
+    arms += prompted_arms(config.system)
     arms += side_effect_arms(next(iter(specs.values())), config.kl, base.at_kl) if config.side_effects else []
+    trained = [trained_arm(name, folder) for name, folder in config.peft.items()]
+    check_names([*arms, *trained])
     for arm in arms:
         if arm.spec is not None:
             lm.steerer.compile(arm.spec)
@@ -77,7 +82,6 @@ def run_cost(config: CostConfig, progress: Progress = lambda what, done, total: 
     results = _measured(base, loaded, arms, counter)
     info, text = _model_info(config, base), base.text
     del base, lm  # one model at a time in memory
-    trained = [trained_arm(name, folder) for name, folder in config.peft.items()]
     for arm, (name, digest) in zip(trained, adapters.items(), strict=True):
         gc.collect()  # hooks and model hold each other
         model = Measuring(config, load_lm(config.model, peft=str(config.peft[name])), cells, text, adapter=digest)
@@ -214,7 +218,7 @@ def _settings(config: CostConfig) -> dict[str, Scalar]:
         "sweep": config.sweep,
         "KL of each spec": config.kl,
         "judge": config.judge,
-        "examples in a prompt": config.num_fewshot,
+        "examples in a prompt of MMLU and TruthfulQA": config.num_fewshot,
         "items a task": config.limit,
         "responses a question": config.samples,
         "max new tokens of traits and persona": config.max_new_tokens,

@@ -60,7 +60,7 @@ class ExtractConfig(Config):
     prompt_format: PromptFormat = "chat"
     allow_chance: bool = False
     missing_limit: float = Field(default=0.2, ge=0, le=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 def build_vectors(

@@ -10,10 +10,11 @@ from lm_eval.api.instance import Instance
 from pydantic import Field
 
 from steered_lm.config import Config, content_hash
-from steered_lm.errors import NaNError
+from steered_lm.errors import NaNError, UserError
 from steered_lm.harness.chat_task import ChatTask, load_tasks
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.harness.population import check_lm, evaluate_candidates, seeded
+from steered_lm.harness.upstream_task import UpstreamTask
 from steered_lm.search.protocol import Candidate
 
 logger = logging.getLogger(__name__)
@@ -48,15 +49,23 @@ class ItemResult(Config):
 
 
 def load_task(name: str, metadata: Mapping[str, Any], *, num_fewshot: int | None = None) -> ChatTask:
-    """Return a task of ours, with the harness's own number of examples where ``num_fewshot`` is None.
+    """Return a task of ours, with its own number of examples where ``num_fewshot`` is None or it takes none.
 
     Raises:
         UserError: when an option or the data cannot be used.
     """
     (task,) = load_tasks([name], metadata)
-    if num_fewshot is not None:
+    if num_fewshot is not None and takes_examples(task):
+        pool = task.dataset.get(task.config.fewshot_split or task.config.fewshot_config.split)
+        if pool is not None and num_fewshot > len(pool):
+            raise UserError(f"num_fewshot={num_fewshot}: {name} has {len(pool)} questions to take as examples. Give at most so many.")
         task.set_config("num_fewshot", num_fewshot)
     return task
+
+
+def takes_examples(task: ChatTask) -> bool:
+    """Return whether examples can stand before a task's questions: in upstream's tasks alone."""
+    return isinstance(task, UpstreamTask)
 
 
 def task_digest(task: ChatTask, *, limit: int | None = None) -> str:

@@ -1,7 +1,8 @@
 """A model's trait scores question by question, by Inspect in this process."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,22 @@ def open_model(name: str, model_args: Mapping[str, Any], *, base_url: str | None
         RefusalError: when it cannot be loaded.
     """
     key = None if key_env is None else os.environ.get(key_env)
-    return get_model(name, memoize=False, base_url=base_url, api_key=key, **model_args)
+    with _no_bar() if name.startswith("steered-hf/") else nullcontext():
+        return get_model(name, memoize=False, base_url=base_url, api_key=key, **model_args)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Leave out the bar that transformers draws while weights are loaded: who loads many models shows progress of their own."""
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()
 
 
 def judged_items(

@@ -92,7 +92,9 @@ def read_text(path: Path) -> str:
         UserError: when it is missing or no text in UTF-8.
     """
     if not path.is_file():
-        raise UserError(f"text={str(path)!r} does not exist. Give a text file, or JSONL with {_FIELD!r} in each line.")
+        what = "is no file" if path.exists() else "does not exist"
+        ours = ", ".join(sorted(file.stem for file in text_file(ENGLISH).parent.glob("*.txt")))
+        raise UserError(f"text={str(path)!r} {what}. Give a text file, JSONL with {_FIELD!r} in each line, or the name of a text of ours: {ours}.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as problem:

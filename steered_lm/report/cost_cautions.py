@@ -67,7 +67,8 @@ def _missing(data: CostData) -> list[str]:
         total = sum(gone for _, _, gone in little)
         by_measure = {m.name: sum(gone for other, _, gone in little if other is m) for m, _, _ in little}
         names = some([f"{name} {gone}" for name, gone in by_measure.items()])
-        found.append(f"{count(total, 'more item')} {'is' if total == 1 else 'are'} missing in {count(len(little), 'cell')} of the table: {names}.")
+        items = f"{count(total, 'more item' if much else 'item')} {'is' if total == 1 else 'are'} missing"
+        found.append(f"{items} in {count(len(little), 'cell')} of the table: {names}.")
     if beside:
         verb = "is" if sum(beside) == 1 else "are"
         found.append(f"{count(sum(beside), 'item')} {verb} missing in {count(len(beside), 'cell')} of the matrix of side effects.")
@@ -82,7 +83,9 @@ def _responses(data: CostData) -> list[str]:
     lost, asked = sum(one.missing for one in judged), sum(one.responses for one in judged)
     if not lost:
         return []
-    return [f"{lost:,} of {asked:,} values of single responses are missing; an item’s value is the mean of its others, and missing when it has none."]
+    verb = "is" if lost == 1 else "are"
+    rule = "an item’s value is the mean of its others, and missing when it has none"
+    return [f"{lost:,} of {asked:,} values of single responses {verb} missing; {rule}."]
 
 
 def _reasons(measure: Measure, arm: str) -> str:

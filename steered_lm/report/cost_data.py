@@ -138,7 +138,7 @@ class CostData(Config):
     settings: dict[str, Scalar] = Field(default_factory=dict)
     provenance: Provenance = Provenance()
     notes: tuple[str, ...] = ()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
 
     @model_validator(mode="after")

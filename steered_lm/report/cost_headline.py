@@ -8,7 +8,7 @@ from steered_lm.report.cost_data import CostArm, CostData
 from steered_lm.report.cost_difference import Change
 from steered_lm.report.cost_reach import ALL, Reach
 from steered_lm.report.cost_sentences import costs_of, counted, gains, kept, losses, sentence, spreads, stops, verdict
-from steered_lm.report.cost_wording import some
+from steered_lm.report.cost_wording import side_words, some
 from steered_lm.report.headline import Headline, Sentence, Tone
 from steered_lm.report.wording import setting
 
@@ -57,12 +57,7 @@ def _reach_title(data: CostData, joint: Sequence[Reach]) -> tuple[Tone, str]:
 
 
 def _how_far(reach: Reach, joint: Sequence[Reach], axis: str) -> str:
-    return f"up to {axis} {setting(reach.x)}" if reach.arm is not None else f"at no {_direction(reach, joint)}{axis}"
-
-
-def _direction(reach: Reach, joint: Sequence[Reach]) -> str:
-    both = any(other.series == reach.series and other is not reach for other in joint)
-    return "" if not both or reach.stopped_at == 0.0 else "negative " if (reach.stopped_at or 0.0) < 0.0 else "positive "
+    return f"up to {axis} {setting(reach.x)}" if reach.arm is not None else f"at no {side_words(reach, joint)}{axis}"
 
 
 def _at_reach(data: CostData, analysis: CostAnalysis, joint: Reach) -> list[Sentence]:

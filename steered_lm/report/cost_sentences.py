@@ -7,7 +7,19 @@ from steered_lm.report.cost_analysis import CostAnalysis
 from steered_lm.report.cost_data import CostArm, CostData, Measure, Role
 from steered_lm.report.cost_difference import Change, unit_of
 from steered_lm.report.cost_reach import Reach, limit_of, width
-from steered_lm.report.cost_wording import against_words, change_words, level_words, limit_words, loss_words, noun, scale_words, some, why_words
+from steered_lm.report.cost_wording import (
+    against_words,
+    change_words,
+    level_words,
+    limit_words,
+    loss_words,
+    lost_items,
+    noun,
+    scale_words,
+    side_words,
+    some,
+    why_words,
+)
 from steered_lm.report.headline import Sentence, Tone
 from steered_lm.report.wording import count, setting
 
@@ -185,8 +197,8 @@ def _benefit(data: CostData, analysis: CostAnalysis, arm: CostArm, measure: Meas
 def _kept(data: CostData, analysis: CostAnalysis, arm: CostArm, measure: Measure, where: str) -> Sentence:
     change = analysis.change(arm.name, measure.name)
     bound = "" if change is None or change.bound is None else f", {_at_most(measure, change.bound)}"
-    if change is not None and change.difference.missing:
-        bound += f" (with the worst assumed of {count(change.difference.missing, 'missing item')})"
+    if change is not None and (gone := lost_items(measure, arm.name)):
+        bound += f" (with the worst assumed of {count(gone, 'missing item')})"
     return sentence("good", f"{where}{measure.name} stays within {limit_words(data, measure)}: {noun(measure)} {change_words(change)}{bound}.")
 
 
@@ -203,7 +215,7 @@ def _at_most(measure: Measure, bound: float) -> str:
 
 def _stop(data: CostData, analysis: CostAnalysis, reach: Reach, who: str) -> Sentence:
     axis, limit = data.axis or "", limit_words(data, data.measure(reach.measure))
-    start = f"{who}no {axis}" if reach.arm is None else f"{who}no {axis} beyond {setting(reach.x)}"
+    start = f"{who}no {side_words(reach, analysis.reaches)}{axis}" if reach.arm is None else f"{who}no {axis} beyond {setting(reach.x)}"
     text = f"{start} is shown to keep {reach.measure} within {limit}; at {setting(reach.stopped_at)}, {why_words(data, analysis, reach)}."
     return sentence("bad" if reach.why == "lost" else "unclear", text)
 
@@ -211,8 +223,9 @@ def _stop(data: CostData, analysis: CostAnalysis, reach: Reach, who: str) -> Sen
 def _open(data: CostData, analysis: CostAnalysis, joint: Reach, ending: Sequence[Reach], who: str, *, more: bool) -> Sentence:
     """Tell of costs of which no loss was measured, and none could be excluded either, what stands against them."""
     beyond = "" if joint.arm is None else f" beyond {setting(joint.x)}"
+    side = side_words(joint, analysis.reaches) if joint.arm is None else ""
     those = count(len(ending), "more cost" if more else "cost")
-    text = f"{who}no {data.axis}{beyond} is shown to keep {those} within tolerance: {some([reach.measure for reach in ending])}."
+    text = f"{who}no {side}{data.axis}{beyond} is shown to keep {those} within tolerance: {some([reach.measure for reach in ending])}."
     told = [(said, sum(reach.why == why for reach in ending)) for why, said in _OPEN.items()]
     why = ", ".join(f"{said} ({count(costs, 'cost')})" for said, costs in told if costs)
     changes = [(r.measure, analysis.change(r.stopped_arm or "", r.measure)) for r in ending if r.why == "unclear"]

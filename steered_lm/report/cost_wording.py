@@ -1,5 +1,7 @@
 """Numbers of a cost page in words, each with its unit: levels, changes, accepted and possible losses, and what is missing."""
 
+from collections.abc import Sequence
+
 from steered_lm.report.cost_analysis import CostAnalysis
 from steered_lm.report.cost_data import SYSTEM, UNSTEERED, CostArm, CostData, Measure
 from steered_lm.report.cost_difference import Change, Shown, unit_of
@@ -95,7 +97,10 @@ def why_words(data: CostData, analysis: CostAnalysis, reach: Reach) -> str:
     if reach.why == "lost":
         return f"a loss was measured there: {seen}"
     if reach.why == "missing":
-        missing = 0 if change is None else change.difference.missing
+        if measure.kind == "tokens":
+            missing = 0 if change is None else change.difference.missing
+            return f"{count(missing, 'item')} missing there, and no worst value can be assumed of them ({seen} without them)"
+        missing = lost_items(measure, reach.stopped_arm)
         worst = "" if reach.stopped_loss is None else f", up to {loss_words(measure, reach.stopped_loss)} may be lost"
         return f"{count(missing, 'item')} missing there, and with the worst assumed of them{worst} ({seen} without them)"
     if reach.why == "unmeasured":
@@ -105,6 +110,17 @@ def why_words(data: CostData, analysis: CostAnalysis, reach: Reach) -> str:
         return f"there is no interval ({reason})"
     n = 0 if change is None else change.difference.n
     return f"{count(n, 'item')} are too few to exclude a loss beyond {limit_words(data, measure)}: {seen}"
+
+
+def side_words(reach: Reach, reaches: Sequence[Reach]) -> str:
+    """Return ``positive`` or ``negative`` where a series was swept to both sides of zero and one of them does not even begin; else nothing."""
+    both = any((other.series, other.measure) == (reach.series, reach.measure) and other is not reach for other in reaches)
+    return "" if not both or reach.stopped_at == 0.0 else "negative " if (reach.stopped_at or 0.0) < 0.0 else "positive "
+
+
+def lost_items(measure: Measure, arm: str) -> int:
+    """Return how many items an arm made missing: those that have a value under the unsteered model."""
+    return sum(value is None and before is not None for value, before in zip(measure.values[arm], measure.values[UNSTEERED], strict=True))
 
 
 def noun(measure: Measure) -> str:

@@ -116,7 +116,7 @@ class DatasetOptions(Config):
     folder: Path | None = None
     cache_dir: Path = Path("trait-models")
     sample_size: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     mixture: str | None = None
     mixture_share: float = Field(default=0.5, gt=0, lt=1)
 
@@ -142,7 +142,7 @@ class Training(Config):
     parallel: int | None = Field(default=None, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
     steering: TrainingSteering | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class Evaluation(Config):
