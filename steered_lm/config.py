@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from steered_lm.errors import UserError
+
+# pydantic's names for the forms that a value may have: parts of an error's place that nobody wrote
+_FORM = re.compile(
+    r"(constrained-|nullable-|function-)?(int|float|str|bool|none|(before|after|wrap|plain)\[.*\])|(literal|dict|list|tuple|set)\[.*\]"
+)
 
 
 class Config(BaseModel):
@@ -25,15 +31,21 @@ class Config(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as report:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e.get('input')!r:.80})" if e["loc"] else e["msg"].removeprefix("Value error, ")
-                for e in report.errors()
-            )
+            problems = "; ".join(_problems(report))
             # where values are wrong and keys are not, a list of keys only hides what is wrong
             of_keys = any(e["type"] in ("extra_forbidden", "missing") for e in report.errors())
             where, owner = _owner(cls, next((e["loc"] for e in report.errors() if e["type"] == "extra_forbidden"), ()))
             allowed = f" Allowed keys{where}: {', '.join(owner.model_fields)}." if of_keys else ""
             raise error(f"{source} is not a valid {cls.__name__}: {problems.removesuffix('.')}.{allowed}") from report
+
+
+def _problems(report: ValidationError) -> list[str]:
+    """Return what is wrong, a text a place; the forms that a value may have at one place are told together."""
+    found: dict[str, tuple[list[str], Any]] = {}
+    for error in report.errors():
+        place = ".".join(str(part) for part in error["loc"] if not (isinstance(part, str) and _FORM.fullmatch(part)))
+        found.setdefault(place, ([], error.get("input")))[0].append(error["msg"] if place else error["msg"].removeprefix("Value error, "))
+    return [f"{place}: {', or '.join(said)} (got {given!r:.80})" if place else "; ".join(said) for place, (said, given) in found.items()]
 
 
 def _owner(config: type[BaseModel], place: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
