@@ -104,6 +104,12 @@ def test_unknown_traits_and_layers_are_refused(loaded, rows):
         project(model, tokenizer, find_blocks(model), rows, vectors, layers=[9])
 
 
+def test_a_row_that_the_model_cannot_read_is_refused(loaded, rows):
+    model, tokenizer, vectors = loaded
+    with pytest.raises(UserError, match=r"row 2 has \d+ tokens, prompt and response together; the model takes \d+"):
+        project(model, tokenizer, find_blocks(model), [rows[0], Row(rows[0].prompt, "very long " * 2000)], vectors)
+
+
 def invoke(folder, out, *more):
     arguments = [folder / "data.jsonl", "--vectors", folder / "v.safetensors", "--model", folder, "--out", out, "--device", "cpu", *more]
     return CliRunner().invoke(cli.app, ["monitor", "project", *map(str, arguments)])
