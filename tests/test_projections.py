@@ -108,6 +108,12 @@ def test_a_row_that_the_model_cannot_read_is_refused(loaded, rows):
     model, tokenizer, vectors = loaded
     with pytest.raises(UserError, match=r"row 2 has \d+ tokens, prompt and response together; the model takes \d+"):
         project(model, tokenizer, find_blocks(model), [rows[0], Row(rows[0].prompt, "very long " * 2000)], vectors)
+    most = model.config.max_position_embeddings
+    text = tokenizer.decode(tokenizer("a" * 20 * most, add_special_tokens=False).input_ids[: most - 4])
+    room = most - len(tokenizer(text, add_special_tokens=False).input_ids)
+    (reply,) = generate_responses(model, tokenizer, find_blocks(model), [text], max_new_tokens=64, tick=lambda n: None)
+    assert 0 < room < 16
+    assert len(reply) <= room  # its tokens are bytes
 
 
 def invoke(folder, out, *more):
