@@ -118,9 +118,28 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def make_folder(folder: Path) -> Path:
+    """Make a folder, and those above it, where they are not there yet, and return it.
+
+    Raises:
+        UserError: when a file stands in its place, or it may not be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"folder {str(folder)!r} cannot be made: {problem.strerror}. Name another place to write to.") from problem
+    return folder
+
+
 def write_atomic(path: Path, data: str | bytes) -> Path:
-    """Write a file under a temporary name in the same folder and rename it, so that no reader ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file under a temporary name in the same folder and rename it, so that no reader ever sees half of it.
+
+    Raises:
+        UserError: when its folder cannot be made, or the path is a folder itself.
+    """
+    make_folder(path.parent)
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder, and a file is to be written there. Name a file.")
     payload = data.encode("utf-8") if isinstance(data, str) else data
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

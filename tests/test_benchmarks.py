@@ -242,6 +242,13 @@ def test_definitions_and_contexts_are_upstreams_own(data, local, tmp_path, monke
     assert [row["correct_answers"] for row in rows] == [doc["correct_answers"] for doc in theirs["truthfulqa_gen"].eval_docs]
 
 
+def test_more_examples_than_there_are_is_refused(local):
+    (task,) = ours("steered_mmlu_astronomy")["tasks"].values()
+    for shots in (6, -1):
+        with pytest.raises(UserError, match=f"num_fewshot={shots} is not possible: dev has 5 questions about 'astronomy'. Allowed: 0 to 5"):
+            contexts(task, shots)
+
+
 def test_without_a_folder_the_same_items_come_from_the_hub_and_stock_names_never_read_the_folder(data, tmp_path, monkeypatch):
     names = ["steered_truthfulqa_mc1", "steered_truthfulqa_gen", "steered_mmlu_astronomy"]
     from_folder = ours(*names, data=str(data))["tasks"]

@@ -378,6 +378,9 @@ def test_what_cannot_be_downloaded_is_refused(tmp_path):
         download(TWEETS, "dev", tmp_path, url="file:///etc")
     with pytest.raises(UserError, match="cannot be fetched"):
         download(TWEETS, "dev", tmp_path, url="http://127.0.0.1:9")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="folder '.*LaMP_7' cannot be made: Not a directory. Name another place"):
+        download(TWEETS, "dev", tmp_path / "file")
 
 
 # Judging, and personas of authors
@@ -431,6 +434,12 @@ def test_profiles_that_are_no_persona_are_refused_and_leave_nothing_behind(tmp_p
     with pytest.raises(PersonaError, match="LaMP_2 profiles hold no text of their author's own"):
         persona_from_profile(TASKS["LaMP_2"], Row("1", "x", tuple(AUTHOR["LaMP_2"]), ""), tmp_path / "none")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="folder '.*file' cannot be made: File exists"):
+        persona_from_profile(TWEETS, tweets(*SAID), tmp_path / "file")
+    (tmp_path / "folder" / "conversations.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match="'.*conversations.jsonl' is a folder, and a file is to be written there"):
+        persona_from_profile(TWEETS, tweets(*SAID), tmp_path / "folder")
 
 
 @pytest.mark.parametrize("name", ["LaMP_1", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_6"])

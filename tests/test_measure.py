@@ -267,10 +267,17 @@ def test_examples_come_from_prompts_messages_and_saved_samples(tmp_path):
         (tmp_path / "bad.jsonl").write_text(json.dumps(bad))
         with pytest.raises(UserError, match=message):
             read_examples(tmp_path / "bad.jsonl")
+    with pytest.raises(UserError, match="'.*none.jsonl' does not exist. Allowed: JSONL with prompt and response"):
+        read_examples(tmp_path / "none.jsonl")
 
 
 def invoke(*arguments):
     return CliRunner().invoke(cli.app, ["measure", *map(str, arguments)])
+
+
+def test_a_missing_text_and_an_unknown_split_are_said_before_a_model_is_loaded(tmp_path):
+    for more, message in [(["--text", "none.txt"], "text='none.txt' does not exist"), (["--split", "word"], "split='word' is not known")]:
+        assert message in str(invoke("perplexity", "--model", tmp_path / "none", *more).exception)
 
 
 def test_the_commands_print_tables_and_write_every_number(folder, spec, tmp_path):

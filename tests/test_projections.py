@@ -104,6 +104,18 @@ def test_unknown_traits_and_layers_are_refused(loaded, rows):
         project(model, tokenizer, find_blocks(model), rows, vectors, layers=[9])
 
 
+def test_a_row_that_the_model_cannot_read_is_refused(loaded, rows):
+    model, tokenizer, vectors = loaded
+    with pytest.raises(UserError, match=r"row 2 has \d+ tokens, prompt and response together; the model takes \d+"):
+        project(model, tokenizer, find_blocks(model), [rows[0], Row(rows[0].prompt, "very long " * 2000)], vectors)
+    most = model.config.max_position_embeddings
+    text = tokenizer.decode(tokenizer("a" * 20 * most, add_special_tokens=False).input_ids[: most - 4])
+    room = most - len(tokenizer(text, add_special_tokens=False).input_ids)
+    (reply,) = generate_responses(model, tokenizer, find_blocks(model), [text], max_new_tokens=64, tick=lambda n: None)
+    assert 0 < room < 16
+    assert len(reply) <= room  # its tokens are bytes
+
+
 def invoke(folder, out, *more):
     arguments = [folder / "data.jsonl", "--vectors", folder / "v.safetensors", "--model", folder, "--out", out, "--device", "cpu", *more]
     return CliRunner().invoke(cli.app, ["monitor", "project", *map(str, arguments)])

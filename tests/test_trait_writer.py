@@ -77,7 +77,7 @@ def test_what_is_lacking_or_repeated_is_asked_for_again_with_what_is_there_alrea
             r"0 usable pairs of 5 and 0 usable questions of 40. The last one was an answer that is no JSON object: \"I'd rather not.\"",
         ),
         ({"questions": questions(), "instruction": "none"}, "0 usable pairs of 5 and 40 usable questions of 40"),
-        ({"questions": ["What of bread?"] * 40, "instruction": pairs()}, "5 usable pairs of 5 and 1 usable questions of 40"),
+        ({"questions": ["What of bread?"] * 40, "instruction": pairs()}, "5 usable pairs of 5 and 1 usable questions of 40. 199 more ask nearly"),
         ('{"questions": [', "an answer that is no JSON object"),
     ],
 )
@@ -148,6 +148,9 @@ def test_new_writes_files_that_check_and_a_task_can_read_and_never_overwrites(se
     again = command(*given, *options)
     assert isinstance(again.exception, UserError)
     assert "exists already" in str(again.exception)
+    blocked = command(*given[:-1], tmp_path / "eval" / "pirate.json" / "traits", *options)
+    assert isinstance(blocked.exception, UserError)
+    assert "cannot be a folder, since" in str(blocked.exception)
     assert len(server.bodies) == 1
 
 

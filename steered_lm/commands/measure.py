@@ -13,7 +13,7 @@ from steered_lm.commands.model import Device, Dtype, ModelName, PlainFormat
 from steered_lm.commands.tables import interval, number, table
 from steered_lm.config import canonical_json, write_atomic
 from steered_lm.content import TINY_CHAT
-from steered_lm.measure.texts import ENGLISH, as_split, text_file
+from steered_lm.measure.texts import ENGLISH, as_split, read_text, text_file
 from steered_lm.steering.spec import SteeringSpec
 from steered_lm.study import ModelConfig, load_lm
 
@@ -155,8 +155,10 @@ def _loaded(
     from steered_lm.measure.passages import read_passages
 
     config = ModelConfig.parse({"model": model, "device": device, "dtype": dtype, "prompt_format": "plain" if plain else "chat"}, source="--model")
+    file, cut = text_file(text), as_split(split)
+    read_text(file)  # what is wrong with it is said before the model is loaded
     lm = load_lm(config)
-    passages = read_passages(text_file(text), lm.tokenizer, lm.prefix_token_id, split=as_split(split), prompt_format=config.prompt_format)
+    passages = read_passages(file, lm.tokenizer, lm.prefix_token_id, split=cut, prompt_format=config.prompt_format)
     return lm, passages, min(window or lm.max_length, lm.max_length)
 
 

@@ -66,6 +66,7 @@ def project_command(
 
     if out.suffix not in (".jsonl", ".csv"):
         raise UserError(f"--out {str(out)!r} is neither .jsonl nor .csv. Name a file that ends in one of them.")
+    wanted = _numbers(layers)
     examples, loaded = saved_examples(file), TraitVectors.load(vectors)
     config = ModelConfig.parse({"model": model, "device": device, "dtype": dtype, "prompt_format": "plain" if plain else "chat"}, source="--model")
     ours, tokenizer = load_model(config)
@@ -79,7 +80,7 @@ def project_command(
             rows,
             loaded,
             traits=_names(traits),
-            layers=_numbers(layers),
+            layers=wanted,
             own=difference,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,

@@ -168,10 +168,16 @@ def _pool(hidden: Float[Tensor, "seq d_model"], split: int, pooling: Pooling) ->
 def generate_responses(
     model: Any, tokenizer: Any, blocks: nn.ModuleList, prompts: Sequence[str], *, max_new_tokens: int, tick: Callable[[int], None]
 ) -> list[str]:
-    """Return the model's greedy continuations of rendered prompts, in order; the engine runs as many at once as memory allows."""
+    """Return the model's greedy continuations of rendered prompts, in order, which end where the model's context ends.
+
+    The engine runs as many at once as memory allows.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     checkpoint = model.generation_config
     sampling = Sampling(repetition_penalty=checkpoint.repetition_penalty or 1.0)
-    rows = [GenerationRow(tuple(tokenizer(p, add_special_tokens=False).input_ids), max_new_tokens, sampling=sampling) for p in prompts]
+    encoded = [tuple(tokenizer(p, add_special_tokens=False).input_ids) for p in prompts]
+    lengths = [max_new_tokens if most is None else min(max_new_tokens, max(most - len(tokens), 1)) for tokens in encoded]
+    rows = [GenerationRow(tokens, length, sampling=sampling) for tokens, length in zip(encoded, lengths, strict=True)]
     with Steerer(model, blocks=blocks) as idle:
         engine = Engine(idle, tokenizer, end_ids=end_ids(checkpoint, tokenizer.eos_token_id))
         generated = engine.generate(rows, lambda number, reply: tick(1))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from steered_lm.config import Config
+from steered_lm.errors import UserError
 from steered_lm.extract.activations import Row, generate_responses, hidden_states
 from steered_lm.stats import Estimate, PairedDifference, mean_interval, paired_difference
 from steered_lm.steering.vectors import TraitVectors
@@ -92,7 +93,9 @@ def project(
 
     Raises:
         VectorsError: when the vectors lack a trait or a layer.
+        UserError: when a row has more tokens than the model takes.
     """
+    _refuse_long(model, tokenizer, rows)
     chosen = [(trait, layer) for trait in traits or vectors.meta.traits for layer in layers or vectors.meta.layers]
     directions = {key: vectors.vector(*key).to(model.device) for key in chosen}
     counted = progress or (lambda *_: None)
@@ -117,6 +120,15 @@ def project(
         for trait, layer in chosen
     ]
     return Projected(made, replies)
+
+
+def _refuse_long(model: Any, tokenizer: Any, rows: Sequence[Row]) -> None:
+    """Refuse rows beyond the model's context: its activations mean nothing there, or there are none."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for number, row in enumerate(rows, start=1):
+        size = sum(len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in row)
+        if most is not None and size > most:
+            raise UserError(f"row {number} has {size} tokens, prompt and response together; the model takes {most}. Shorten or leave it out.")
 
 
 _Values = dict[tuple[str, int], list[float | None]]

@@ -12,6 +12,7 @@ from steered_lm.benchmarks.mmlu import mmlu_rows
 from steered_lm.benchmarks.truthfulqa import truthfulqa_rows
 from steered_lm.benchmarks.upstream import upstream_file
 from steered_lm.config import content_hash
+from steered_lm.errors import UserError
 from steered_lm.harness.chat_task import ChatTask
 
 PREFIX = "steered_"
@@ -56,8 +57,17 @@ class UpstreamTask(ChatTask):
         self.dataset = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
 
     def fewshot_context(self, doc: dict[str, Any], num_fewshot: int | None = None, *args: Any, **kwargs: Any) -> str:
-        """Return upstream's context: plain text unless the harness applies the chat template."""
+        """Return upstream's context: plain text unless the harness applies the chat template.
+
+        Raises:
+            UserError: when there are fewer examples.
+        """
         shots = num_fewshot if num_fewshot is not None else self.config.num_fewshot or 0
+        if self.config.dataset_path == "cais/mmlu":
+            split, subject = self.config.fewshot_config.split, self.config.dataset_name
+            most = len(self.dataset[split])
+            if not 0 <= shots <= most:
+                raise UserError(f"num_fewshot={shots} is not possible: {split} has {most} questions about {subject!r}. Allowed: 0 to {most}.")
         text: str = ConfigurableTask.fewshot_context(self, doc, shots, *args, **kwargs)
         return text
 

@@ -56,6 +56,7 @@ class _Draft:
 
     pairs: list[Pair] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
+    repeated: int = 0
     problem: str = ""
 
     @property
@@ -84,7 +85,9 @@ class _Draft:
         for question in _list(data.get("questions")):
             if not isinstance(question, str) or not re.search(r"\w", question):
                 continue
-            if len(self.questions) < 2 * QUESTIONS and not any(alike(question, other) for other in self.questions):
+            if any(alike(question, other) for other in self.questions):
+                self.repeated += 1
+            elif len(self.questions) < 2 * QUESTIONS:
                 self.questions.append(question.strip())
 
 
@@ -148,7 +151,8 @@ class TraitWriter:
                 if draft.lacking == (0, 0):
                     return draft
                 logger.info("trait %s: %d pairs and %d questions are still lacking. %s", trait, *draft.lacking, draft.problem)
-        said = f" The last one was {draft.problem}." if draft.problem else ""
+        said = f" {draft.repeated} more ask nearly the same as these." if draft.repeated else ""
+        said += f" The last one was {draft.problem}." if draft.problem else ""
         raise TraitError(
             f"after {_ROUNDS} answers of openai:{self._endpoint.model} there are {len(draft.pairs)} usable pairs of {PAIRS} and "
             f"{len(draft.questions)} usable questions of {2 * QUESTIONS}.{said} Use a stronger model, or describe the trait more plainly."
@@ -181,8 +185,11 @@ def refuse_existing(name: str, folder: Path) -> tuple[Path, Path]:
     """Return where a new trait's files for extraction and evaluation go.
 
     Raises:
-        TraitError: when one exists, since a trait that was measured must stay what it was.
+        TraitError: when one exists, since a trait that was measured must stay what it was, or a file stands in the folder's place.
     """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise TraitError(f"out={str(folder)!r} cannot be a folder, since {str(place)!r} is a file. Name another one.")
     files = folder / "extract" / f"{name}.json", folder / "eval" / f"{name}.json"
     for file in files:
         if file.exists():

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from steered_lm.config import make_folder
 from steered_lm.errors import UserError, near_misses
 from steered_lm.lamp.rows import AVOCADO
 from steered_lm.lamp.task import LampTask
@@ -66,7 +67,7 @@ def _fetch(address: str, path: Path, first: bytes, timeout: float) -> None:
     """Write what lies at an address to a file, whole or not at all. It is some hundred megabytes, so it is not held in memory."""
     if not address.startswith(("http://", "https://")):
         raise UserError(f"the address {address!r} is not on the web. Give a url that starts with http:// or https://.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file, urlopen(Request(address, headers={"User-Agent": "steered-lm"}), timeout=timeout) as answer:

@@ -70,6 +70,8 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         UserError: when it is missing, empty, or a line is none of the forms that are allowed.
     """
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} {'is no file' if path.exists() else 'does not exist'}. {_WHAT}")
     lines = read_objects(path, read_text(path))
     if not lines:
         raise UserError(f"{str(path)!r} is empty. {_WHAT}")
