@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 from pydantic import Field
 
 from steered_lm.config import Config, content_hash
-from steered_lm.errors import NaNError, UserError
+from steered_lm.errors import NaNError
 from steered_lm.harness.chat_task import ChatTask, load_tasks
 from steered_lm.harness.model import SteeredHFLM
 from steered_lm.harness.population import check_lm, evaluate_candidates, seeded
@@ -55,10 +55,8 @@ def load_task(name: str, metadata: Mapping[str, Any], *, num_fewshot: int | None
         UserError: when an option or the data cannot be used.
     """
     (task,) = load_tasks([name], metadata)
-    if num_fewshot is not None and takes_examples(task):
-        pool = task.dataset.get(task.config.fewshot_split or task.config.fewshot_config.split)
-        if pool is not None and num_fewshot > len(pool):
-            raise UserError(f"num_fewshot={num_fewshot}: {name} has {len(pool)} questions to take as examples. Give at most so many.")
+    if num_fewshot is not None and isinstance(task, UpstreamTask):
+        task.check_shots(num_fewshot)
         task.set_config("num_fewshot", num_fewshot)
     return task
 

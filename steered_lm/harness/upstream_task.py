@@ -63,13 +63,20 @@ class UpstreamTask(ChatTask):
             UserError: when there are fewer examples.
         """
         shots = num_fewshot if num_fewshot is not None else self.config.num_fewshot or 0
-        if self.config.dataset_path == "cais/mmlu":
-            split, subject = self.config.fewshot_config.split, self.config.dataset_name
-            most = len(self.dataset[split])
-            if not 0 <= shots <= most:
-                raise UserError(f"num_fewshot={shots} is not possible: {split} has {most} questions about {subject!r}. Allowed: 0 to {most}.")
+        self.check_shots(shots)
         text: str = ConfigurableTask.fewshot_context(self, doc, shots, *args, **kwargs)
         return text
+
+    def check_shots(self, shots: int) -> None:
+        """Refuse more examples than there are, where a split is set apart for them.
+
+        Raises:
+            UserError: when there are fewer.
+        """
+        split, subject = self.config.fewshot_config.split, self.config.dataset_name
+        most = len(self.dataset[split]) if split in self.dataset else shots
+        if not 0 <= shots <= most:
+            raise UserError(f"num_fewshot={shots} is not possible: {split} has {most} questions about {subject!r}. Allowed: 0 to {most}.")
 
 
 def _yaml_of(upstream: str) -> Path:
